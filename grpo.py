@@ -1,0 +1,194 @@
+"""The GRPO objective: advantages, log-probabilities, the clipped loss.
+
+DeepSeekMath (arXiv 2402.03300), eq. 3 and 4. For one prompt the policy samples a group of G completions o_1 … o_G,
+which earn the rewards r_1 … r_G. There is no value network; the group itself is the baseline:
+
+    A_i  = (r_i - mean(r)) / (std(r) + 1e-4)                      the same for every token of o_i
+    ρ_it = π_new(o_it) / π_old(o_it)                               π_old is the policy that sampled
+    J    = mean_i mean_t [ min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i) - β k3_it ]
+    k3   = exp(ref - new) - (ref - new) - 1                        an unbiased, never negative estimate of KL(new ‖ ref)
+
+and the loss is -J. On a fresh batch every ρ is 1, so the loss is the mean advantage with its sign changed plus β·KL:
+close to zero, whatever the model has learned. Its gradient is not.
+
+To try a new idea, change `group_advantages` (Dr. GRPO drops the std, RLOO leaves one out) or `grpo_loss` (DAPO's
+two-sided ε, a mean over all tokens): both are plain functions of small tensors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
+
+
+def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+    """Advantages of completions whose groups lie side by side (DeepSeekMath, section 4.1.2, outcome supervision).
+
+    rewards (N,) with N = groups × G → advantages (N,) and the groups' standard deviations (N / G,), both with n - 1 in
+    the denominator. A group whose rewards are all equal teaches nothing: its advantages are exactly 0.
+    """
+    groups = rewards.view(-1, num_generations)
+    std = groups.std(dim=1, keepdim=True)
+    std = std.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0.0)  # no rounding left-overs
+    centred = (groups - groups.mean(dim=1, keepdim=True)).masked_fill(std == 0, 0.0)
+    return (centred / (std + ADVANTAGE_EPS)).flatten(), std.flatten()
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Per-token estimate of KL(policy ‖ reference), any shape (Schulman, "Approximating KL divergence", k3)."""
+    difference = ref_logps - logps
+    return torch.exp(difference) - difference - 1
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    epsilon: float,
+    beta: float,
+    num_completions: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's part of the loss of an optimizer step with `num_completions` completions on all ranks.
+
+    logps, old_logps, ref_logps, completion_mask (B, T); advantages (B,). Because every part is divided by the number of
+    completions of the whole step, the parts of all micro-batches and ranks add up to the loss, however it was split.
+    The metrics are parts of a mean in the same way. Without `ref_logps` (β = 0) there is no KL term.
+    """
+
+    def mean(per_token: Tensor) -> Tensor:  # over the tokens of a completion, then over the step's completions
+        return ((per_token * completion_mask).sum(1) / completion_mask.sum(1)).sum() / num_completions
+
+    advantages = advantages[:, None]  # (B, 1): one advantage for all tokens of a completion
+    ratio = torch.exp(logps - old_logps)
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon) & (advantages > 0))
+    metrics = {"clip_ratio": mean(clipped.float())}
+    if ref_logps is not None:
+        kl = k3(logps, ref_logps)
+        surrogate = surrogate - beta * kl
+        metrics["kl"] = mean(kl.detach())
+    loss = -mean(surrogate)
+    metrics["loss"] = loss.detach()
+    return loss, metrics
+
+
+def completion_logps(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of completions under the sampling distribution, softmax(logits / temperature).
+
+    B prompts and B completions, ragged → logps (B, T), entropies (B, T) without a gradient, completion_mask (B, T), in
+    float32 (float64 for a float64 model), right-padded with 0. Completions of one prompt should stand side by side.
+    """
+    device = next(model.parameters()).device
+    completions, completion_mask = pad(completion_ids, "right", device)
+    hidden = completion_hidden_states(model, prompt_ids, completions, completion_mask)
+    mask = completion_mask.bool()
+    token_logps, token_entropies = logps_from_hidden_states(model, hidden[mask], completions[mask], temperature)
+    logps = torch.zeros(mask.shape, dtype=token_logps.dtype, device=device)
+    entropies = torch.zeros_like(logps).masked_scatter(mask, token_entropies)
+    return logps.masked_scatter(mask, token_logps), entropies, completion_mask
+
+
+def completion_hidden_states(
+    model: torch.nn.Module, prompt_ids: Sequence[Sequence[int]], completions: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The last hidden states that predict each completion token, (B, T, D).
+
+    A prompt runs once for all its completions: its keys and values are computed in a batch of distinct prompts, then
+    each completion continues from its own prompt's row. The gradient takes the same way back, so it is that of the
+    plain forward pass at a fraction of the work: a group of 8 with a 150-token prompt and 30-token answers
+    costs 390 tokens instead of 1,440. Gradient checkpointing rules out a cache, so there the plain pass is taken.
+    """
+    decoder, device = model.get_decoder(), completions.device
+    rows: dict[tuple[int, ...], int] = {}  # distinct prompts, in order of appearance
+    row_of = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompt_ids]
+    if getattr(model, "is_gradient_checkpointing", False) or len(rows) == len(row_of):
+        prompts, prompt_mask = pad(prompt_ids, "left", device)
+        mask = torch.cat([prompt_mask, completion_mask], dim=1)
+        ids = torch.cat([prompts, completions], dim=1)
+        out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        return out.last_hidden_state[:, prompts.shape[1] - 1 : -1]
+
+    prompts, prompt_mask = pad(list(rows), "left", device)
+    row_of = torch.tensor(row_of, device=device)
+    prefix = decoder(
+        input_ids=prompts, attention_mask=prompt_mask, position_ids=positions(prompt_mask), use_cache=True
+    )
+    first = prefix.last_hidden_state[row_of, -1:]  # a prompt's last position predicts the first completion token
+    if completions.shape[1] == 1:
+        return first
+    cache = prefix.past_key_values
+    cache.batch_select_indices(row_of)
+    mask = torch.cat([prompt_mask[row_of], completion_mask[:, :-1]], dim=1)
+    out = decoder(
+        input_ids=completions[:, :-1],
+        attention_mask=mask,
+        position_ids=positions(mask)[:, prompts.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first, out.last_hidden_state], dim=1)
+
+
+def logps_from_hidden_states(
+    model: torch.nn.Module, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int = 512
+) -> tuple[Tensor, Tensor]:
+    """hidden (N, D), targets (N,) → log-probabilities (N,) and entropies (N,) of N tokens.
+
+    The (N, vocabulary) table never exists: the head is applied to `chunk_size` tokens at a time, and the backward pass
+    makes each chunk's logits again. With 152 k tokens in the vocabulary a chunk is 0.3 GB; 16 completions of 2,048
+    tokens would be 20 GB.
+    """
+
+    def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_from_hidden_states(model, hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logps = -F.cross_entropy(logits, targets, reduction="none")
+        with torch.no_grad():
+            all_logps = F.log_softmax(logits, dim=-1)
+            entropies = -(all_logps.exp() * all_logps).sum(-1)
+        return logps, entropies
+
+    chunks = [
+        checkpoint(chunk_logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk_logps(h, t)
+        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
+    ]
+    logps, entropies = zip(*chunks)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """The output head with what some architectures do after it: Cohere and Granite scale, Gemma 2 caps."""
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ragged token ids → ids (B, T) padded with 0 on one side, and their mask (B, T) of 1 and 0."""
+    width = max(len(row) for row in rows)
+    blanks = [[0] * (width - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    left = side == "left"
+    join = [(blank + list(row), blank + one) if left else (list(row) + blank, one + blank)
+            for row, blank, one in zip(rows, blanks, ones)]  # fmt: skip
+    ids, mask = zip(*join)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids (B, T) that count the real tokens of a padded batch, whichever side the padding is on."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
