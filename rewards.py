@@ -438,7 +438,10 @@ def one_line(error):
 
 NUMBER = re.compile(r"([+-]?)(?:\\?\$)?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)")
 WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]*)\}\$?|\$([^$]*)\$|\\\(([^$]*?)\\\)")
-COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+COMMAND = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:and|or)\b")
+WORD = re.compile(
+    r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)"
+)  # "so" is one, "kg" and "2xy" are not
 
 
 def final_answer(text: str) -> str:
@@ -623,7 +626,7 @@ def is_bare_formula(text):
     if len(text) > 500 or decimal(text) is not None or re.search(r"\n|\$|\\[(\[]|\\boxed", text):
         return False
     more_than_number = re.search(r"[A-Za-z\\^_{}()\[\]=<>,;:]", text)
-    return bool(more_than_number) and not re.search(r"[A-Za-z]{3}", COMMAND.sub(" ", text))
+    return bool(more_than_number) and not WORD.search(COMMAND.sub(" ", text))
 
 
 if __name__ == "__main__":
