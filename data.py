@@ -7,13 +7,13 @@ becomes these two columns      {"prompt": [{"role": "user", "content": "What is 
 and keeps its own beside them   "solution": "27 and 16 make 43. #### 43", "question": …, "answer": …}
 
 The question is the first of `messages`, `prompt`, `query`, `problem` and `question` that has something in it,
-text or a list of turns. The prompt is its turns up to the user's last one; a system turn of the row's own wins
-over `system`. The reference is `solution`, else `answer`, else (in a dataset with neither column) what the
-assistant says behind the prompt. It stays as written: a `\\boxed{}` or `#### 43` in it is the rewards' to find.
+text or a list of turns. The prompt is its turns up to the user's last; a row's own system turn wins over
+`system`. The reference is `solution`, else `answer`, else (where neither column exists) what the assistant
+says after the prompt. It stays as written: to find a `\\boxed{}` or `#### 43` in it is the rewards' work.
 A column called `prompt` is kept as `original_prompt`.
 
-Bad input raises a ValueError, one line that begins with the flag and its value. To train on a task of your own,
-write a jsonl file, or a function like `arithmetic` and name it in `BUILTINS`.
+Bad input raises a ValueError of one line that begins with the flag and its value. To train on a task of your
+own, write a jsonl file, or a function like `arithmetic` and name it in `BUILTINS`.
 """
 
 import csv
@@ -36,7 +36,7 @@ def load_rows(
     """The rows of all `names`, laid out as above; what a row lacks of the others' columns is None.
 
     A name is a built-in, a file or a hub id; `#N` behind it draws N of its rows with `seed`. `num_proc`
-    processes prepare a hub dataset. `flag` opens error messages, and tells which of the hub's splits is meant.
+    processes prepare a hub dataset. `flag` opens error messages and tells which split of it to take.
     """
     rows = []
     for name in names:
@@ -95,9 +95,7 @@ def _conversation(value: str | list[dict], column: str) -> tuple[list[dict], str
         value = [{"role": "user", "content": value}]
     try:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in value]
-        "".join(
-            text for turn in turns for text in turn.values()
-        ).encode()  # a lone surrogate would fail mid-run
+        "".join(text for turn in turns for text in turn.values()).encode()  # a lone surrogate fails here
     except (TypeError, KeyError):
         raise ValueError(f"{column} is not a list of turns, each with a role and a content of text") from None
     end = max((i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"), default=0)
@@ -130,10 +128,10 @@ def read_system(value: str | None) -> str | None:
         return value or None
     try:
         text = Path(value).read_text(encoding="utf-8-sig").strip()
+        if not text:
+            raise ValueError("the file is empty")
     except (OSError, ValueError) as error:
         raise ValueError(f"--system {value}: {_one_line(error)}; a text file or text works") from error
-    if not text:
-        raise ValueError(f"--system {value}: the file is empty; a file with text works")
     return text
 
 
@@ -141,11 +139,11 @@ def read_system(value: str | None) -> str | None:
 
 
 def arithmetic(test: bool = False) -> list[dict]:
-    """Sums of two terms from 2 to 49 behind a worked example: 256 fixed questions to test, or the rest to train.
+    """Sums of two terms from 2 to 49 behind a worked example: 256 fixed questions to test, the rest to train.
 
-    Training asks neither a + b nor b + a of a test question; neither asks the example's. The example's wording is
-    the best of three, measured with the embedded model at temperature 0.9: of 256 completions, 24 tokens long on
-    average, 22 % were right and 49 % in the format.
+    Training asks neither a + b nor b + a of a test question, and neither asks the example. Its wording
+    is the best of three measured with the embedded model at temperature 0.9: of 256 completions, of 24 tokens
+    on average, 22 % were right and 49 % in the format.
     """
     terms, example = range(2, 50), (7, 12)
     pairs = [pair for pair in itertools.combinations_with_replacement(terms, 2) if pair != example]
@@ -201,7 +199,9 @@ def _read_parquet(path: Path) -> list[dict]:
 
 def _read_hub(source: str, flag: str, num_proc: int | None):
     """A `datasets.Dataset`: the training split, or for --val_dataset that for validation or test."""
-    datasets = _quiet_datasets()
+    import datasets
+
+    datasets.disable_progress_bars()
     repo, _, subset = source.partition(":")  # such as openai/gsm8k:main
     try:
         splits = datasets.load_dataset(repo, subset or None, num_proc=num_proc)
@@ -214,20 +214,14 @@ def _read_hub(source: str, flag: str, num_proc: int | None):
     return splits[found[0]]
 
 
-def _quiet_datasets():
-    import datasets
-
-    datasets.disable_progress_bars()
-    return datasets
-
-
 def _either(names) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def _one_line(error: Exception) -> str:
-    return "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:300]
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300]
+    return text[:1].lower() + text[1:]
 
 
 BUILTINS = {"arithmetic": arithmetic, "arithmetic-test": functools.partial(arithmetic, test=True)}
@@ -241,13 +235,15 @@ def _read(source: str, flag: str, num_proc: int | None):
     if source in BUILTINS:
         return BUILTINS[source]()
     if path.suffix.lower() in READERS:
+        if not path.exists():
+            raise ValueError(f"no such file; {WORKS}")
         return READERS[path.suffix.lower()](path)
     if path.is_file():
         raise ValueError(f"a {path.suffix or 'nameless'} file is not understood; {WORKS}")
-    if path.is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", source):
+    if os.path.isdir(source) or re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", source):
         return _read_hub(source, flag, num_proc)
     close = difflib.get_close_matches(source, BUILTINS, n=1)
-    raise ValueError(f"no such dataset{f', did you mean {close[0]}?' if close else ''}; {WORKS}")
+    raise ValueError(f"no such dataset{f' (did you mean {close[0]}?)' if close else ''}; {WORKS}")
 
 
 # From rows to batches ---------------------------------------------------------------------------------------
@@ -256,7 +252,10 @@ def _read(source: str, flag: str, num_proc: int | None):
 def encode(
     rows: list[dict], tokenizer, max_length: int | None = None, num_proc: int | None = None
 ) -> tuple[list[dict], int]:
-    """The rows with `prompt_ids`, where it is the assistant's turn, and how many were too long."""
+    """The rows of at most `max_length` tokens with their `prompt_ids`, and how many were longer.
+
+    The ids are the chat template's, up to where the assistant begins. `num_proc` processes tokenize.
+    """
     model = f"--model {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
         raise ValueError(f"{model}: no chat template; an instruct model, or a chat_template.jinja, works")
@@ -270,9 +269,12 @@ def encode(
 
     encoded = map(tokenize, rows)
     if num_proc and num_proc > 1:
-        prompts = _quiet_datasets().Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-        encoded = prompts.map(tokenize, num_proc=num_proc, remove_columns="prompt", keep_in_memory=True)
-    encoded = [{**row, **ids} for row, ids in zip(rows, encoded, strict=True)]
+        import datasets
+
+        datasets.disable_progress_bars()
+        prompts = datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+        encoded = prompts.map(tokenize, num_proc=num_proc, keep_in_memory=True)
+    encoded = [{**row, "prompt_ids": new["prompt_ids"]} for row, new in zip(rows, encoded, strict=True)]
     kept = [row for row in encoded if max_length is None or len(row["prompt_ids"]) <= max_length]
     if encoded and not kept:
         shortest = min(len(row["prompt_ids"]) for row in encoded)
