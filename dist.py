@@ -146,7 +146,9 @@ class ZeroAdamW:
         size = -(-sum(p.numel() for p in parameters) // self.shards)  # of a shard, rounded up
         shard = slice(self.index * size, (self.index + 1) * size)
         flat = parameters[0].new_zeros(self.shards * size)
-        bucket = Bucket(names, parameters, self.weight_decay if parameters[0].ndim >= 2 else 0.0, flat, shard, *[flat] * 3)
+        bucket = Bucket(
+            names, parameters, self.weight_decay if parameters[0].ndim >= 2 else 0.0, flat, shard, *[flat] * 3
+        )
         for i, (parameter, view) in enumerate(zip(parameters, bucket.views(flat))):
             view.copy_(parameter)
             parameter.data = view

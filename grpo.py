@@ -15,12 +15,14 @@ To try a new idea, change `group_advantages` (Dr. GRPO drops the std, RLOO leave
 two-sided ε, a mean over all tokens): both are plain functions of small tensors.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
 
@@ -105,40 +107,67 @@ def completion_hidden_states(
 ) -> Tensor:
     """The last hidden states that predict each completion token, (B, T, D).
 
-    A prompt runs once for all its completions: its keys and values are computed in a batch of distinct prompts, then
-    each completion continues from its own prompt's row. The gradient takes the same way back, so it is that of the
-    plain forward pass at a fraction of the work: a group of 8 with a 150-token prompt and 30-token answers
-    costs 390 tokens instead of 1,440. Gradient checkpointing rules out a cache, so there the plain pass is taken.
+    Each completion continues from its own prompt's keys and values, which `prefill` computed once for the whole group.
+    The gradient takes the same way back, so it is that of the plain forward pass at a fraction of the work: for the
+    arithmetic task, 8 groups of 8, some 1,700 tokens run instead of 11,000. Gradient checkpointing rules out a cache,
+    so there the plain pass is taken.
     """
     decoder, device = model.get_decoder(), completions.device
-    rows: dict[tuple[int, ...], int] = {}  # distinct prompts, in order of appearance
-    row_of = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompt_ids]
-    if getattr(model, "is_gradient_checkpointing", False) or len(rows) == len(row_of):
+    if getattr(model, "is_gradient_checkpointing", False):
         prompts, prompt_mask = pad(prompt_ids, "left", device)
         mask = torch.cat([prompt_mask, completion_mask], dim=1)
         ids = torch.cat([prompts, completions], dim=1)
         out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
         return out.last_hidden_state[:, prompts.shape[1] - 1 : -1]
 
-    prompts, prompt_mask = pad(list(rows), "left", device)
-    row_of = torch.tensor(row_of, device=device)
-    prefix = decoder(
-        input_ids=prompts, attention_mask=prompt_mask, position_ids=positions(prompt_mask), use_cache=True
-    )
-    first = prefix.last_hidden_state[row_of, -1:]  # a prompt's last position predicts the first completion token
+    prompts, row_of = distinct(prompt_ids, device)
+    first, cache, prompt_mask = prefill(model, prompts)
+    first = first[row_of, None]  # a prompt's last position predicts the first completion token
     if completions.shape[1] == 1:
         return first
-    cache = prefix.past_key_values
     cache.batch_select_indices(row_of)
     mask = torch.cat([prompt_mask[row_of], completion_mask[:, :-1]], dim=1)
     out = decoder(
         input_ids=completions[:, :-1],
         attention_mask=mask,
-        position_ids=positions(mask)[:, prompts.shape[1] :],
+        position_ids=positions(mask)[:, prompt_mask.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     )
     return torch.cat([first, out.last_hidden_state], dim=1)
+
+
+def distinct(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
+    """B prompts → the P different ones among them, and for each of the B its row there, (B,)."""
+    rows: dict[tuple[int, ...], int] = {}
+    row_of = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompt_ids]
+    return list(rows), torch.tensor(row_of, device=device)
+
+
+def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Run P different prompts → last hidden states (P, D), their keys and values, and the mask (P, L) of the latter.
+
+    What all of them begin with (the system prompt, a worked example) runs once, in a batch of one; then each prompt
+    continues from it. Prompts of different lengths are padded in front of where they differ; transformers measures a
+    sliding window over that padding too, so models with such windows share nothing and are padded on the left.
+    """
+    decoder, device = model.get_decoder(), next(model.parameters()).device
+    sharing = len(prompts) > 1 and not getattr(model.config.get_text_config(), "sliding_window", None)
+    shared = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts]) if sharing else []
+    cache = DynamicCache()  # without the configuration: sliding windows keep their history, the mask hides it
+    if shared:
+        decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    rest, rest_mask = pad([prompt[len(shared) :] for prompt in prompts], "left", device)
+    mask = torch.cat([rest_mask.new_ones(len(prompts), len(shared)), rest_mask], dim=1)
+    out = decoder(
+        input_ids=rest,
+        attention_mask=mask,
+        position_ids=positions(mask)[:, len(shared) :],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1], cache, mask
 
 
 def logps_from_hidden_states(

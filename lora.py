@@ -64,7 +64,9 @@ def find_targets(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
     for target in target_modules:
         if not any(fits(name, target) for name in linears):
             known = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"--target_modules {target}: no such linear layer; there are: all-linear, {', '.join(known)}")
+            raise ValueError(
+                f"--target_modules {target}: no such linear layer; there are: all-linear, {', '.join(known)}"
+            )
     return [name for name in linears if any(fits(name, target) for target in target_modules)]
 
 
@@ -129,7 +131,9 @@ def save(model: nn.Module, folder: str | Path, base_model: str, target_modules: 
         "r": first.lora_A.shape[0],
         "lora_alpha": first.scale * first.lora_A.shape[0],
         "lora_dropout": first.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapted}) if everything else list(target_modules),
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapted})
+        if everything
+        else list(target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

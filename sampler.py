@@ -16,14 +16,17 @@ A sampler is anything with the two methods of `Sampler`. To try a new decoding i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from grpo import pad, positions
+from grpo import distinct, logits_from_hidden_states, prefill
 
 COMPACT_AT = 0.75  # drop ended rows once at most this share is alive: copying the cache costs about one decoding step
 
@@ -67,12 +70,16 @@ class ModelSampler:
         self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
         self.top_p, self.top_k = top_p, top_k
         self.eos = torch.tensor(sorted(eos_token_ids), device=next(model.parameters()).device)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("sdpa_grouped_decode")
 
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model = model
 
     @torch.inference_mode()
     def generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
+        if not prompt_ids:
+            return []
         training = self.model.training
         self.model.eval()
         try:
@@ -82,22 +89,14 @@ class ModelSampler:
 
     def _generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         device = self.eos.device
-        rows: dict[tuple[int, ...], int] = {}
-        row_of = torch.tensor([rows.setdefault(tuple(p), len(rows)) for p in prompt_ids], device=device)
-        prompts, mask = pad(list(rows), "left", device)
-        prompt_length = prompts.shape[1]
+        prompts, row_of = distinct(prompt_ids, device)
+        hidden, prefix, mask = prefill(self.model, prompts)
+        logits = logits_from_hidden_states(self.model, hidden)[row_of]
+        capacity = mask.shape[1] + self.max_new_tokens
+        cache = Cache(layers=[PreallocatedLayer(layer, row_of, capacity) for layer in prefix.layers])
+        mask = mask[row_of]
+        position = mask.sum(1)  # of each row's next token
         uniforms = torch.stack([uniform_stream(seed, self.max_new_tokens) for seed in seeds]).to(device)
-
-        cache = Cache(layer_class_to_replicate=partial(PreallocatedLayer, prompt_length + self.max_new_tokens, row_of))
-        logits = self.model(
-            input_ids=prompts,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[row_of, -1]
-        mask, position = mask[row_of], mask.sum(1)[row_of]  # each row's next position
 
         alive = torch.arange(len(seeds), device=device)  # the completion that each row of the batch decodes
         ended = torch.zeros(len(seeds), dtype=torch.bool, device=device)
@@ -165,27 +164,47 @@ def uniform_stream(seed: int, length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(int(seed)))
 
 
-class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values in a buffer that is made once, (rows, heads, capacity, head_dim).
+def sdpa_grouped_decode(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" attention, with a quicker way for one new token a row under grouped-query attention.
 
-    The first update holds the distinct prompts; it is spread over the completions' rows in the same copy. Sliding
-    windows keep their full history here: the model's attention mask hides what lies outside the window.
+    Query heads (rows, heads, 1, dim) that share a key head become that head's queries, (rows, key heads, group, dim),
+    so no key or value is repeated: 5 times as fast on a CPU for 64 rows of the embedded model in bfloat16.
+    """
+    rows, heads, new_tokens, dim = query.shape
+    if new_tokens > 1 or kwargs.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query = query.reshape(rows, key.shape[1], heads // key.shape[1], dim)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("sdpa_grouped_decode", sdpa_grouped_decode)
+AttentionMaskInterface.register("sdpa_grouped_decode", sdpa_mask)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values in buffers that are made once, (rows, heads, capacity, head_dim).
+
+    They start as those of the prompts, each copied to the rows of its completions. A sliding window keeps its full
+    history here: the model's attention mask hides what lies outside the window.
     """
 
-    def __init__(self, capacity: int, row_of: Tensor):
+    def __init__(self, prompts: DynamicLayer, row_of: Tensor, capacity: int):
         super().__init__()
-        self.capacity, self.row_of, self.length = capacity, row_of, 0
+        self.dtype, self.device, self.is_initialized = prompts.keys.dtype, prompts.keys.device, True
+        self.length = prompts.get_seq_length()
+        self.keys, self.values = (self._spread(x, row_of, capacity) for x in (prompts.keys, prompts.values))
+
+    @staticmethod
+    def _spread(prompts: Tensor, row_of: Tensor, capacity: int) -> Tensor:
+        _, heads, length, dim = prompts.shape
+        buffer = prompts.new_empty(len(row_of), heads, capacity, dim)
+        buffer[:, :, :length] = prompts[row_of]
+        return buffer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            shape = (len(self.row_of), key_states.shape[1], self.capacity)
-            self.keys = key_states.new_empty(*shape, key_states.shape[-1])
-            self.values = value_states.new_empty(*shape, value_states.shape[-1])
-            self.length = key_states.shape[2]
-            self.keys[:, :, : self.length] = key_states[self.row_of]
-            self.values[:, :, : self.length] = value_states[self.row_of]
-            return key_states, value_states  # the prefill itself still has one row a prompt
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
@@ -193,6 +212,3 @@ class PreallocatedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]

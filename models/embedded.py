@@ -30,7 +30,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)["tensors"]
+    tensors = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)[
+        "tensors"
+    ]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     missing = model.load_state_dict(tensors, strict=False).missing_keys
     assert missing == ["lm_head.weight"], missing  # tied to the embeddings

@@ -1,0 +1,751 @@
+"""Train a language model by GRPO (DeepSeekMath, arXiv 2402.03300, algorithm 1).
+
+    python train.py                                           the demo: a small model learns sums, on any machine
+    torchrun --nproc_per_node 7 train.py --model … --dataset … --reward_funcs accuracy format
+
+`train` below is the algorithm. One batch is
+
+    sample     G completions for each prompt, from the current policy                   sampler.py, data.py
+    score      each completion, and compare it with its group: the advantage            rewards.py, grpo.py
+    update     num_iterations optimizer steps on the clipped objective                  grpo.py, dist.py, lora.py
+
+Ranks share the work like this: the completions of a batch stand in one row, groups side by side; each rank samples,
+scores and trains on an equal slice of it, in micro-batches of per_device_train_batch_size. A group may lie across
+slices. Every random number belongs to a completion or to an epoch, so the number of ranks changes nothing but the time.
+"""
+
+import argparse
+import copy
+import difflib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import data
+import dist
+import grpo
+import lora
+from rewards import Rewards, load_plugins, total
+from sampler import ModelSampler
+
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "SmolLM2-135M-Instruct"
+DEMO = (
+    "--dataset arithmetic --val_dataset arithmetic-test --reward_funcs accuracy format --output_dir output/demo "
+    "--train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 1e-3 --lr_scheduler_type constant --beta 0 "
+    "--num_generations 8 --per_device_train_batch_size 64 --max_completion_length 40 --max_steps 40 "
+    "--num_generations_eval 1 --per_device_eval_batch_size 256 --eval_on_start true --eval_steps 40 "
+    "--log_completions true"
+)
+
+
+def train(args: argparse.Namespace, world: dist.World) -> None:
+    # Everything that can be wrong is found here, before a model is loaded.
+    tokenizer, train_rows, val_rows, rewards = prepare(args, world)
+    completions_per_step = world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    prompts_per_batch = completions_per_step // args.num_generations
+    steps_per_epoch = args.num_iterations * len(train_rows) / prompts_per_batch
+    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+
+    model, reference = load_policy(args, world)
+    sampler = make_sampler(args, model, tokenizer)
+    optimizer = dist.ZeroAdamW(
+        model.named_parameters(),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        shard=args.deepspeed == "zero2",
+    )
+    step, num_tokens, unlogged = resume(args, model, optimizer) if args.resume_from_checkpoint else (0, 0, [])
+    rewards.start()
+    log = Log(args, world, max_steps, step, unlogged)
+
+    def rollout(rows: list[dict], num_generations: int, stream: int, step: int) -> Rollout:
+        return collect(args, world, sampler, tokenizer, rewards, rows, num_generations, stream, step)
+
+    def evaluate() -> None:
+        prompts_per_batch = world.size * args.per_device_eval_batch_size // args.num_generations_eval
+        batches = range(0, len(val_rows), prompts_per_batch)
+        parts = [
+            rollout(val_rows[i : i + prompts_per_batch], args.num_generations_eval, EVALUATION + i, step)
+            for i in batches
+        ]
+        log.evaluation(step, weighted_mean([(part.size, part.metrics) for part in parts]))
+
+    if val_rows and args.eval_on_start and step == 0:
+        evaluate()
+
+    for batch in range(math.ceil(step / args.num_iterations), math.ceil(max_steps / args.num_iterations)):
+        started = time.perf_counter()
+        order = data.step_rows(batch, prompts_per_batch, len(train_rows), args.seed)
+        sample = rollout([train_rows[i] for i in order], args.num_generations, batch, step)
+        num_tokens += sample.num_tokens
+        log.completions(step, sample)
+
+        size = args.per_device_train_batch_size
+        micro_batches = [slice(i, i + size) for i in range(0, len(sample.prompt_ids), size)]
+        ref_logps = [reference_logps(args, reference, sample, micro) for micro in micro_batches]
+        old_logps = [None] * len(micro_batches)  # of the policy that sampled: what the first iteration computes anyway
+
+        for _ in range(min(args.num_iterations, max_steps - step)):
+            training = time.perf_counter()
+            totals: dict[str, float] = {}
+            for i, micro in enumerate(micro_batches):
+                logps, entropies, mask = grpo.completion_logps(
+                    model, sample.prompt_ids[micro], sample.completion_ids[micro], args.temperature
+                )
+                if old_logps[i] is None:
+                    old_logps[i] = logps.detach()
+                    sample.compare_with_sampler(micro, logps.detach())
+                loss, metrics = grpo.grpo_loss(
+                    logps,
+                    old_logps[i],
+                    ref_logps[i],
+                    sample.advantages[micro],
+                    mask,
+                    epsilon=args.epsilon,
+                    beta=args.beta,
+                    num_completions=completions_per_step,
+                )
+                optimizer.backward(loss)
+                metrics["entropy"] = ((entropies * mask).sum(1) / mask.sum(1)).sum() / completions_per_step
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value.item()
+            learning_rate = args.learning_rate * schedule(args, step, max_steps)
+            grad_norm = optimizer.step(learning_rate)
+            sampler.take_weights(model)
+            step += 1
+
+            now = time.perf_counter()
+            log.step(
+                step,
+                {"epoch": step / steps_per_epoch, "learning_rate": learning_rate, "num_tokens": num_tokens},
+                {
+                    **world.sum(totals),
+                    **sample.metrics,
+                    **sample.drift(world),
+                    "grad_norm": grad_norm,
+                    "time/train": now - training,
+                    "time/step": now - started,
+                },
+            )
+            sample.metrics.update({"time/generate": 0.0, "time/reward": 0.0})  # spent once a batch
+            started = now
+
+        if val_rows and crossed(args.eval_steps, step, args.num_iterations):
+            evaluate()
+        if crossed(args.save_steps, step, args.num_iterations) or step == max_steps:
+            save(args, world, model, tokenizer, optimizer, step, num_tokens, log.unlogged)
+    log.close()
+
+
+# Before the loop ---------------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace, world: dist.World):
+    """Check flags, read data, make rewards → tokenizer, training rows, validation rows, rewards.
+
+    ValueError, one line that begins with the flag at fault.
+    """
+    check(args, world.size)
+    load_plugins(args.external_plugins)
+    rewards = Rewards(args.reward_funcs, args.reward_weights, device=world.device, **vars(args))
+    system = data.read_system(args.system)
+    load = {"seed": args.seed, "num_proc": args.dataset_num_proc, "system": system}
+    train_rows, val_rows = data.load_rows(args.dataset, **load), []
+    if args.val_dataset:
+        val_rows = data.load_rows(args.val_dataset, flag="--val_dataset", **load)
+    elif args.eval_steps:
+        train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
+
+    config = model_config(args)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {args.model}: no tokenizer there ({first_line(error)})") from error
+    for rows, flag in ((train_rows, "--dataset"), (val_rows, "--val_dataset")):
+        if not rows:
+            continue
+        rewards.check_columns([column for column in rows[0] if column != "prompt"])
+        if {"accuracy", "cosine"} & set(rewards.names):
+            missing = data.check_solutions(rows)
+            if missing:
+                say(world, f"{flag}: {missing} of {len(rows)} rows have no reference answer; accuracy gives them 0.0")
+        rows[:], dropped = data.encode(rows, tokenizer, args.max_length, args.dataset_num_proc)
+        if dropped:
+            say(world, f"{flag}: dropped {dropped} prompts of more than {args.max_length} tokens, {len(rows)} are left")
+        longest, context = max(len(row["prompt_ids"]) for row in rows), config.max_position_embeddings
+        if longest + args.max_completion_length > context:
+            raise ValueError(
+                f"--max_completion_length {args.max_completion_length}: with a prompt of {longest} tokens that is more "
+                f"than the model's {context}; a shorter one, or --max_length {context - args.max_completion_length}, works"
+            )
+    for note in rewards.notes:
+        say(world, note)
+    if world.is_main:
+        start_folder(args)
+    return tokenizer, train_rows, val_rows, rewards
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """What can be said of the flags alone."""
+    if args.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--use_vllm true: vLLM is not installed; --use_vllm false samples without it")
+    if args.use_vllm:
+        raise ValueError("--use_vllm true: there is no vLLM sampler yet; --use_vllm false samples without it")
+    if args.deepspeed == "zero3":
+        raise ValueError("--deepspeed zero3: there is no ZeRO-3 yet; none and zero2 work")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir}: is a file; a folder, there or not, works")
+    if args.resume_from_checkpoint and not (checkpoint_to_resume(args) / "trainer_state.json").exists():
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; true, for the newest in "
+            "--output_dir, or a checkpoint-N folder works"
+        )
+    if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--report_to wandb: wandb is not installed; pip install wandb, or --report_to tensorboard")
+    evaluating = bool(args.val_dataset or args.eval_steps)
+    sizes = [("per_device_train_batch_size", "num_generations", args.gradient_accumulation_steps)]
+    sizes += [("per_device_eval_batch_size", "num_generations_eval", 1)] if evaluating else []
+    for batch_flag, group_flag, accumulation in sizes:
+        batch, group = getattr(args, batch_flag), getattr(args, group_flag)
+        total = world_size * batch * accumulation
+        if total % group:
+            works = [n for n in range(2, total + 1) if total % n == 0]
+            parts = f"{world_size} processes × {batch_flag} {batch}" + f" × accumulation {accumulation}" * (
+                accumulation > 1
+            )
+            raise ValueError(
+                f"--{group_flag} {group}: does not divide the {total} completions of {parts}; "
+                + (f"--{group_flag} {', '.join(map(str, works))} would, and so would " if works else "what would is ")
+                + f"--{batch_flag} {math.lcm(group, world_size * accumulation) // (world_size * accumulation)}"
+            )
+
+
+def model_config(args: argparse.Namespace):
+    """The model's configuration; a LoRA run's target modules are looked for in a model without weights."""
+    if Path(args.model) == EMBEDDED_MODEL and not EMBEDDED_MODEL.exists():
+        raise ValueError(f"--model {args.model}: the embedded model is not on disk yet; make model puts it there")
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {args.model}: not a model folder or hub id ({first_line(error)})") from error
+    if args.train_type == "lora":
+        with torch.device("meta"):
+            lora.find_targets(AutoModelForCausalLM.from_config(config), args.target_modules)
+    return config
+
+
+def load_policy(args: argparse.Namespace, world: dist.World):
+    """The model to train, and what the KL term compares it with.
+
+    The reference is the same model with its adapters off for LoRA, a frozen copy for full training, None when β is 0.
+    """
+    torch.manual_seed(args.seed)  # LoRA's A matrices, the same on every rank
+    dtype = getattr(torch, args.torch_dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(world.device)
+    reference = None
+    if args.train_type == "lora":
+        lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
+        reference = model if args.beta else None
+    elif args.beta:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(), reference
+
+
+def make_sampler(args: argparse.Namespace, model, tokenizer):
+    ends = {tokenizer.eos_token_id}
+    for config in (model.config, model.generation_config):
+        ends.update(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    return ModelSampler(
+        model,
+        eos_token_ids=sorted(ends - {None}),
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+    )
+
+
+def schedule(args: argparse.Namespace, step: int, max_steps: int) -> float:
+    """The factor on the learning rate of step `step` (from 0): linear warm-up, whose first step already moves."""
+    warmup = math.ceil(args.warmup_ratio * max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return decay[args.lr_scheduler_type]
+
+
+def crossed(every: int | None, step: int, num_iterations: int) -> bool:
+    """Whether the batch that ended with `step` reached a multiple of `every`; there is no stop inside a batch."""
+    return bool(every) and step // every > (step - num_iterations) // every
+
+
+# One batch ---------------------------------------------------------------------------------------------------
+
+EVALUATION = 1 << 40  # random streams from here on belong to evaluations, those below to training batches
+
+
+@dataclass
+class Rollout:
+    """This rank's slice of a batch of completions, B of them, and what is known of all."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    sampler_logps: list[list[float]]
+    advantages: torch.Tensor  # (B,)
+    size: int  # completions on all ranks
+    num_tokens: int  # in all ranks' prompts and completions
+    metrics: dict[str, float]  # means over all ranks' completions
+    records: list[dict]  # what completions.jsonl tells of each, for all ranks; empty without --log_completions
+    differences: list[float] = field(default_factory=list)
+
+    def compare_with_sampler(self, micro: slice, logps) -> None:
+        """Remember how far the trainer's log-probabilities are from those the sampler drew with."""
+        for row, theirs in zip(logps.tolist(), self.sampler_logps[micro]):
+            self.differences += [abs(a - b) for a, b in zip(row, theirs)]
+
+    def drift(self, world: dist.World) -> dict[str, float]:
+        """Mean and maximum of |sampler - trainer| over the batch's tokens: a stale or other policy shows here."""
+        parts = world.gather([(sum(self.differences), len(self.differences), max(self.differences))])
+        total, count, largest = zip(*parts)
+        return {"sampler/logp_diff": sum(total) / sum(count), "sampler/logp_diff_max": max(largest)}
+
+
+def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, stream, step) -> Rollout:
+    """Sample `num_generations` completions for each row, score them, and compare each with its group."""
+    everyone = [row for row in rows for _ in range(num_generations)]
+    mine = slice(len(everyone) * world.rank // world.size, len(everyone) * (world.rank + 1) // world.size)
+    batch = everyone[mine]
+    prompt_ids = [row["prompt_ids"] for row in batch]
+
+    started = time.perf_counter()
+    seeds = [completion_seed(args.seed, stream, i) for i in range(len(everyone))][mine]
+    completions = sampler.generate(prompt_ids, seeds)
+    completion_ids = [completion.ids for completion in completions]
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    generated = time.perf_counter()
+
+    columns = {key: [row[key] for row in batch] for key in rows[0] if key not in ("prompt", "prompt_ids")}
+    prompts = [row["prompt"] for row in batch]
+    scores = rewards(texts, prompts=prompts, completion_ids=completion_ids, step=step, **columns)
+    all_scores = world.gather(scores)  # a group may lie across ranks
+    all_rewards = total(all_scores, rewards.weights)
+    rewarded = time.perf_counter()
+
+    advantages = torch.zeros(len(everyone))
+    group_metrics = {}
+    if num_generations > 1:
+        advantages, stds = grpo.group_advantages(torch.tensor(all_rewards), num_generations)
+        group_metrics = {"reward_std": stds.mean().item(), "zero_std_groups": (stds == 0).float().mean().item()}
+    by_function = zip(rewards.names, zip(*all_scores))
+    sums = {
+        "completion_length": sum(map(len, completion_ids)),
+        "clipped_completions": sum(not completion.finished for completion in completions),
+        "prompt_length": sum(map(len, prompt_ids)),
+    }
+    means = {name: total / len(everyone) for name, total in world.sum(sums).items()}
+    metrics = {
+        "reward": sum(all_rewards) / len(all_rewards),
+        **group_metrics,
+        **{f"rewards/{name}": mean_of([v for v in values if v is not None]) for name, values in by_function},
+        "completion_length": means["completion_length"],
+        "clipped_completions": means["clipped_completions"],
+        **world.sum(rewards.metrics()),
+        "time/generate": generated - started,
+        "time/reward": rewarded - generated,
+    }
+    records = []
+    if args.log_completions:
+        prompt_texts = tokenizer.batch_decode(prompt_ids)
+        records = world.gather(
+            [
+                {"prompt": prompt, "completion": text, "rewards": dict(zip(rewards.names, row)), "advantage": advantage}
+                for prompt, text, row, advantage in zip(prompt_texts, texts, scores, advantages[mine].tolist())
+            ]
+        )
+    return Rollout(
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        sampler_logps=[completion.logps for completion in completions],
+        advantages=advantages[mine].to(world.device),
+        size=len(everyone),
+        num_tokens=round((means["prompt_length"] + means["completion_length"]) * len(everyone)),
+        metrics=metrics,
+        records=records,
+    )
+
+
+def reference_logps(args, reference, sample: Rollout, micro: slice):
+    """The reference policy's log-probabilities of a micro-batch, (B, T); None without a reference."""
+    if reference is None:
+        return None
+    training = reference.training
+    with torch.no_grad(), lora.disabled(reference.eval()):
+        logps, _, _ = grpo.completion_logps(
+            reference, sample.prompt_ids[micro], sample.completion_ids[micro], args.temperature
+        )
+    reference.train(training)
+    return logps
+
+
+def completion_seed(seed: int, stream: int, index: int) -> int:
+    """The seed of one completion's random numbers, whatever rank samples it."""
+    return int(numpy.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
+
+
+def mean_of(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each metric over parts of different sizes."""
+    names = dict.fromkeys(name for _, metrics in parts for name in metrics)
+    size = sum(count for count, _ in parts)
+    return {name: sum(count * metrics.get(name, 0.0) for count, metrics in parts) / size for name in names}
+
+
+# What a run leaves behind ------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, completions.jsonl, TensorBoard, W&B and the progress bar; only rank 0's says anything.
+
+    A logged step tells the means since the one before; `unlogged` holds those steps until then, and checkpoints keep it.
+    """
+
+    def __init__(self, args, world, max_steps: int, step: int, unlogged: list[dict]):
+        self.main, self.folder, self.every = world.is_main, Path(args.output_dir), args.logging_steps
+        self.max_steps, self.unlogged, self.started = max_steps, unlogged, time.time()
+        self.tensorboard = self.wandb = None
+        if not self.main:
+            return
+        if "tensorboard" in args.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.folder / "runs"))
+        if "wandb" in args.report_to:
+            import wandb
+
+            self.wandb = wandb.init(project="grpo", config=vars(args), dir=str(self.folder))
+        for name in ("metrics.jsonl", "completions.jsonl"):  # of a run that got further than the checkpoint
+            file = self.folder / name
+            if file.exists():
+                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+                later = "completions" in name
+                file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step - later), encoding="utf-8")
+        self.bar = tqdm(total=max_steps, initial=step, desc="GRPO", unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, state: dict[str, float], metrics: dict[str, float]) -> None:
+        self.unlogged.append(metrics)
+        if self.main:
+            self.bar.set_postfix(
+                {"reward": f"{metrics['reward']:.3f}", "loss": f"{metrics['loss']:.4f}"}, refresh=False
+            )
+            self.bar.update()
+        if step % self.every == 0 or step == self.max_steps:
+            self._write(step, {"step": step, **state, **weighted_mean([(1, m) for m in self.unlogged])})
+            self.unlogged = []
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        names = {name: f"eval/{name}" for name in metrics}
+        self._write(step, {"step": step, **{names[name]: value for name, value in metrics.items()}})
+        if self.main:
+            shown = [n for n in metrics if n == "reward" or n.startswith("rewards/") or n == "completion_length"]
+            self.bar.write(f"step {step}: " + ", ".join(f"eval/{n} {metrics[n]:.3f}" for n in shown))
+
+    def completions(self, step: int, sample: Rollout) -> None:
+        if not self.main or not sample.records:
+            return
+        if self.wandb:
+            import wandb
+
+            table = wandb.Table(columns=["prompt", "completion", "advantage", *sample.records[0]["rewards"]])
+            for r in sample.records:
+                table.add_data(r["prompt"], r["completion"], r["advantage"], *r["rewards"].values())
+            self.wandb.log({"completions": table}, step=step)
+            return
+        with (self.folder / "completions.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **record}) + "\n" for record in sample.records)
+
+    def _write(self, step: int, line: dict[str, float]) -> None:
+        if not self.main:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if self.tensorboard and name != "step":
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+
+    def close(self) -> None:
+        for writer in (self.tensorboard, self.main and self.bar):
+            if writer:
+                writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_folder(args: argparse.Namespace) -> None:
+    """Make the output folder and write args.json; what an earlier run left there moves to a folder beside it."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [p for n in ("args.json", "*.jsonl", "checkpoint-*", "runs") for p in folder.glob(n)]
+    if earlier and not args.resume_from_checkpoint:
+        number = 1
+        while (folder / f"earlier-{number}").exists():
+            number += 1
+        (folder / f"earlier-{number}").mkdir()
+        for path in earlier:
+            path.rename(folder / f"earlier-{number}" / path.name)
+        print(f"{folder} held an earlier run; it is in {folder / f'earlier-{number}'} now")
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+
+
+def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, unlogged: list[dict]) -> None:
+    """Write checkpoint-<step>: the model or adapter, the optimizer's whole state, where the run stands. No pickle."""
+    state = optimizer.state_dict()  # every rank gives its shard
+    folder = Path(args.output_dir) / f"checkpoint-{step}"
+    if world.is_main and not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if args.train_type == "lora":
+            lora.save(model, unfinished, str(args.model), args.target_modules)
+        else:
+            model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        save_file(state, unfinished / "optimizer.safetensors")
+        progress = {"step": step, "num_tokens": num_tokens, "unlogged": unlogged}
+        (unfinished / "trainer_state.json").write_text(json.dumps(progress) + "\n")
+        unfinished.rename(folder)  # a checkpoint that is there is whole
+        if args.save_total_limit:
+            for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
+                shutil.rmtree(old)
+    world.barrier()
+
+
+def checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    numbered = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path:
+    if args.resume_from_checkpoint != "true":
+        return Path(args.resume_from_checkpoint)
+    return (checkpoints(args.output_dir) or [Path(args.output_dir)])[-1]
+
+
+def resume(args: argparse.Namespace, model, optimizer) -> tuple[int, int, list[dict]]:
+    """Take a checkpoint's weights and optimizer state → step, tokens so far, steps not logged yet."""
+    folder = checkpoint_to_resume(args)
+    try:
+        if args.train_type == "lora":
+            lora.load(model, folder)
+        optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
+    except (KeyError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: not of this model and flags ({first_line(error)})"
+        ) from error
+    progress = json.loads((folder / "trainer_state.json").read_text())
+    return progress["step"], progress["num_tokens"], progress["unlogged"]
+
+
+def say(world, line: str) -> None:
+    if world.is_main:
+        print(line, flush=True)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+# Flags -------------------------------------------------------------------------------------------------------
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: true or false works")
+    return text.lower() == "true"
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False):
+    """A number of a kind from low to high, or above low."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if above else low <= value <= high) or math.isinf(value):
+            bounds = f" {'above' if above else 'from'} {low:g}" * (low > -math.inf) + f" to {high:g}" * (
+                high < math.inf
+            )
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: {what}{bounds} works")
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line and exit status 2, said by rank 0 alone."""
+        fail(message.removeprefix("argument "))
+
+
+def fail(message: str):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="train.py",
+        description="GRPO for language models. Without flags: the demo.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    whole, positive = number(int, 1), number(float, 0, above=True)
+    not_negative, share = number(float, 0), number(float, 0, 1)
+
+    group = parser.add_argument_group("model").add_argument
+    group("--rlhf_type", choices=["grpo"], default="grpo", help="accepted for the guide's commands")
+    group("--model", default=str(EMBEDDED_MODEL), help="hub id or local folder")
+    group(
+        "--torch_dtype", choices=["bfloat16", "float32", "float64"], default="bfloat16", help="precision of the weights"
+    )
+    group("--train_type", choices=["lora", "full"], default="lora", help="adapters, or all weights")
+    group("--lora_rank", type=whole, default=8, help="r, the adapters' rank")
+    group("--lora_alpha", type=positive, default=32, help="α; adapters are scaled by α / r")
+    group("--lora_dropout", type=share, default=0.0, help="dropout in front of adapters")
+    group(
+        "--target_modules", nargs="+", default=["all-linear"], help="linear layers to adapt: all but the head, or names"
+    )
+    group("--gradient_checkpointing", type=boolean, default=False, help="recompute activations: less memory, more time")
+
+    group = parser.add_argument_group("data").add_argument
+    group("--dataset", nargs="+", required=True, help="hub ids, files or built-in names; #N behind one samples N rows")
+    group("--val_dataset", nargs="+", default=[], help="the same, to evaluate on")
+    group("--split_dataset_ratio", type=share, default=0.01, help="share to evaluate on without a val_dataset")
+    group("--system", help="system prompt, or the text file that holds it")
+    group("--max_length", type=whole, help="longest prompt in tokens; longer rows are dropped")
+    group("--dataset_num_proc", type=whole, default=1, help="processes that tokenize")
+    group("--dataloader_num_workers", type=number(int, 0), default=0, help="accepted; prompts are in memory")
+
+    group = parser.add_argument_group("rewards").add_argument
+    group("--reward_funcs", nargs="+", default=[], help="accuracy, format, cosine, repetition, or registered names")
+    group("--reward_weights", nargs="+", type=number(float), help="one a reward; all 1 when absent")
+    group("--reward_model", help="sequence-classification model: hub id or folder; the last reward")
+    group("--external_plugins", nargs="+", default=[], help="Python files that register rewards")
+    group("--accuracy_timeout", type=positive, default=5.0, help="seconds for comparing one answer")
+    group("--cosine_min_len_value_wrong", type=number(float), default=0.0, help="value of the shortest wrong answer")
+    group("--cosine_max_len_value_wrong", type=number(float), default=-0.5, help="value of the longest wrong answer")
+    group("--cosine_min_len_value_correct", type=number(float), default=1.0, help="value of the shortest right answer")
+    group("--cosine_max_len_value_correct", type=number(float), default=0.5, help="value of the longest right answer")
+    group("--cosine_max_len", type=whole, help="longest in tokens; max_completion_length when absent")
+    group("--repetition_n_grams", type=whole, default=3, help="n of the n-grams counted")
+    group("--repetition_max_penalty", type=number(float), default=-1.0, help="value of nothing but repetition")
+
+    group = parser.add_argument_group("GRPO").add_argument
+    group("--num_generations", type=number(int, 2), default=8, help="G, completions a prompt")
+    group("--num_generations_eval", type=whole, help="the same in evaluations; num_generations when absent")
+    group("--max_completion_length", type=whole, default=512, help="longest completion in tokens")
+    group("--temperature", type=positive, default=0.9, help="of the sampling distribution")
+    group("--top_p", type=number(float, 0, 1, above=True), default=1.0, help="sample from this much mass; 1 is off")
+    group("--top_k", type=number(int, 0), default=0, help="sample from this many tokens; 0 is off")
+    group("--num_iterations", type=whole, default=1, help="optimizer steps on each batch")
+    group("--epsilon", type=not_negative, default=0.2, help="ε of the clipped objective")
+    group("--beta", type=not_negative, default=0.04, help="β of the KL term; 0 needs no reference model")
+    group("--log_completions", type=boolean, default=False, help="write completions.jsonl, or a W&B table")
+
+    group = parser.add_argument_group("vLLM").add_argument
+    group("--use_vllm", type=boolean, default=False, help="sample with vLLM")
+    group("--vllm_device", default="auto", help="auto, the first GPU no training process uses, or cuda:x")
+    group("--vllm_gpu_memory_utilization", type=number(float, 0, 1, above=True), default=0.9, help="passed to vLLM")
+    group("--vllm_max_model_len", type=whole, help="passed to vLLM")
+
+    group = parser.add_argument_group("distributed").add_argument
+    group("--deepspeed", choices=["none", "zero2", "zero3"], default="none", help="what the ranks share out")
+    group("--ds3_gather_for_generation", type=boolean, default=True, help="with zero3: whole weights for generation")
+
+    group = parser.add_argument_group("training").add_argument
+    group("--output_dir", default="output", help="folder for all that the run writes")
+    group("--num_train_epochs", type=positive, default=1.0, help="passes over the dataset")
+    group("--max_steps", type=int, default=-1, help="optimizer steps; overrides num_train_epochs")
+    group("--per_device_train_batch_size", type=whole, default=8, help="completions in a rank's micro-batch")
+    group("--per_device_eval_batch_size", type=whole, default=8, help="completions a rank samples at once to evaluate")
+    group("--gradient_accumulation_steps", type=whole, default=1, help="micro-batches a step")
+    group("--learning_rate", type=not_negative, help="1e-4 for lora and 1e-6 for full when absent")
+    group("--lr_scheduler_type", choices=["linear", "cosine", "constant"], default="cosine", help="after the warm-up")
+    group("--warmup_ratio", type=share, default=0.0, help="share of the steps that warm up")
+    group("--weight_decay", type=not_negative, default=0.0, help="AdamW's, on matrices")
+    group("--adam_beta1", type=share, default=0.9, help="decay of the first moment")
+    group("--adam_beta2", type=share, default=0.999, help="decay of the second moment")
+    group("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to this norm; 0 is off")
+    group("--eval_steps", type=whole, help="evaluate every so many steps")
+    group("--eval_on_start", type=boolean, default=False, help="evaluate before the first step, too")
+    group("--save_steps", type=whole, default=500, help="write a checkpoint every so many steps, and at the end")
+    group("--save_total_limit", type=whole, help="keep so many checkpoints, the newest")
+    group("--logging_steps", type=whole, default=1, help="log the means of so many steps")
+    group(
+        "--report_to",
+        nargs="+",
+        choices=["none", "tensorboard", "wandb"],
+        default=["none"],
+        help="besides metrics.jsonl",
+    )
+    group("--resume_from_checkpoint", help="checkpoint folder, or true for the newest in output_dir")
+    group("--seed", type=number(int, 0), default=42, help="of everything that is random")
+
+    known = [option for action in parser._actions for option in action.option_strings]
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1)
+            fail(f"{flag}: no such flag; " + (f"did you mean {close[0]}?" if close else "--help lists all"))
+    args = parser.parse_args(argv)
+    args.num_generations_eval = args.num_generations_eval or args.num_generations
+    args.cosine_max_len = args.cosine_max_len or args.max_completion_length
+    args.learning_rate = (
+        {"lora": 1e-4, "full": 1e-6}[args.train_type] if args.learning_rate is None else args.learning_rate
+    )
+    return args
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not argv:
+        argv = DEMO.split()
+        print(f"python train.py {DEMO}", flush=True)
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
+    world = dist.start()
+    try:
+        train(args, world)
+    except ValueError as error:
+        if not str(error).startswith("--"):  # not the user's flags, so the traceback is worth reading
+            raise
+        fail(str(error))
+    finally:
+        dist.stop()
+
+
+if __name__ == "__main__":
+    main()
