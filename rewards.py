@@ -77,9 +77,7 @@ class Accuracy(ORM):
 
     def score(self, completions, solution):
         known = [reference is not None for reference in solution]
-        pairs = [
-            k and (final_answer(c), final_answer(str(s))) for k, c, s in zip(known, completions, solution)
-        ]
+        pairs = [k and (final_answer(c), final_answer(str(s))) for k, c, s in zip(known, completions, solution)]
         verdicts = {pair: quick_verdict(*pair) for pair in pairs if pair}
         hard = [pair for pair, verdict in verdicts.items() if verdict is None]
         if hard:
@@ -91,18 +89,15 @@ class Accuracy(ORM):
 class Format(ORM):
     """1.0 where the whole completion is <think>…</think><answer>…</answer>, else 0.0.
 
-    Equal to the pattern `<think>.*?</think>\\s*<answer>.*?</answer>`, which takes quadratic time, in linear time: some
-    end of the thinking has to leave room for </answer>, and the first one leaves the most.
+    The pattern `<think>.*?</think>\\s*<answer>.*?</answer>` says the same, in quadratic time; this is linear.
     """
 
     def __call__(self, completions, **kwargs):
         return [float(self.matches(completion)) for completion in completions]
 
     def matches(self, text):
-        if not (text.startswith("<think>") and text.endswith("</answer>")):
-            return False
-        middle = re.compile(r"</think>\s*<answer>").search(text, len("<think>"))
-        return middle is not None and middle.end() <= len(text) - len("</answer>")
+        ends = text.startswith("<think>") and text.endswith("</answer>")
+        return ends and re.search(r"</think>\s*<answer>", text) is not None
 
 
 class Cosine(ORM):
@@ -300,9 +295,7 @@ class Rewards:
         """Raise ValueError if a reward needs a column that the dataset lacks, or if one has a name of ours."""
         ours = {"completions", "prompts", "completion_ids", "step"}
         if clash := ours.intersection(columns):
-            raise ValueError(
-                f"--dataset: rename its column {min(clash)}; rewards get our own under this name"
-            )
+            raise ValueError(f"--dataset: rename its column {min(clash)}; rewards get our own under this name")
         for reward, function in zip(self.names, self.functions):
             for p in list(inspect.signature(function).parameters.values())[1:]:
                 optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
@@ -439,9 +432,7 @@ def one_line(error):
 NUMBER = re.compile(r"([+-]?)(?:\\?\$)?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)")
 WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]*)\}\$?|\$([^$]*)\$|\\\(([^$]*?)\\\)")
 COMMAND = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:and|or)\b")
-WORD = re.compile(
-    r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)"
-)  # "so" is one, "kg" and "2xy" are not
+WORD = re.compile(r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)")  # "so" is one, "kg" and "2xy" are not
 
 
 def final_answer(text: str) -> str:
@@ -541,8 +532,9 @@ def serve(timeout: float) -> None:
     signal.signal(signal.SIGALRM, end_if_orphan)
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
     logging.disable(logging.CRITICAL)  # math_verify warns that its own time limits are off
-    for answer in ("7", r"\frac{1}{2}", r"2\sqrt{3}+x^2", "(1, 2]", r"\boxed{\pi}", "the answer is $x = 5$."):
-        verdict(answer, answer + " ")
+    for answer in ("7", r"\frac{1}{2}", "x^2+2x+1", "(1, 2]", r"\boxed{\pi}", "the answer is $x = 5$."):
+        for reference in ("0.5", "(x+1)^2", r"2\sqrt{3}"):  # warms what parsing and comparing load and cache
+            verdict(answer, reference)
     for line in sys.stdin.buffer:
         print(json.dumps(judge(json.loads(line), timeout, len(os.sched_getaffinity(0)))), flush=True)
     os.killpg(0, signal.SIGKILL)
@@ -576,6 +568,7 @@ def judge(pairs, timeout, cores, slow=0.1, most_workers=16):
                     waiting.append(worker.todo)
         for worker in running.values():
             if len(worker.todo) > 1 and time.monotonic() - worker.since > slow:
+                os.setpriority(os.PRIO_PROCESS, worker.pid, 10)  # or many of them would starve the quick ones
                 held_up = [worker.todo.pop() for _ in range(len(worker.todo) - 1)]
                 waiting.append(deque(reversed(held_up)))
     return verdicts

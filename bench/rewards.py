@@ -43,8 +43,7 @@ def math_verify_loop(completions, references):
     from math_verify import parse, verify
 
     return [
-        float(verify(parse(reference), parse(completion)))
-        for completion, reference in zip(completions, references)
+        float(verify(parse(reference), parse(completion))) for completion, reference in zip(completions, references)
     ]
 
 
@@ -95,9 +94,7 @@ def main():
     for row in rows:
         loop = f"{row['math_verify_per_s']:.0f}" if row["math_verify_per_s"] else "over 30 s"
         print(f"{row['batch']:24}{row['ours_per_s']:>14.0f}{loop:>20}")
-    Path(__file__).with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
-    )
+    Path(__file__).with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -347,6 +347,25 @@ def test_more_hanging_answers_than_workers_all_end(make):
     assert reward.metrics()["rewards/accuracy/timeouts"] == 40
 
 
+def test_an_answer_that_takes_all_memory_ends_its_worker_alone():
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import rewards
+rewards.verdict = lambda answer, reference: "1" if bytes(int(answer) << 20) else "0"
+print(rewards.judge([("1", ""), ("3000", ""), ("2", "")], timeout=5, cores=1))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(["1", "c", "1"])
+
+
+def test_quick_answers_are_not_starved_by_many_that_hang(make):
+    reward = make("accuracy", accuracy_timeout=3.0)
+    run(reward, ["so 5"], solution=["5"])
+    completions = [c for i in range(12) for c in (f"{TOWER} {i}", rf"\boxed{{x^2 + {2 * i}x + {i * i}}}")]
+    solutions = [s for i in range(12) for s in ("5", f"(x + {i})^2")]
+    assert [row[0] for row in run(reward, completions, solution=solutions)] == [0.0, 1.0] * 12
+
+
 def test_a_killed_judge_is_replaced(make):
     reward = make("accuracy")
     assert run(reward, ["so 5"], solution=["5"]) == [[1.0]]
@@ -563,9 +582,7 @@ def test_every_column_reaches_every_reward():
     prompts = [[{"role": "user", "content": "1?"}], [{"role": "user", "content": "2?"}]]
     columns = {"solution": ["1", "2"], "level": [None, 5]}
     run(Rewards(["look"]), ["a", "b"], [[1], [2, 3]], step=7, prompts=prompts, **columns)
-    assert seen == dict(
-        columns, completions=["a", "b"], prompts=prompts, completion_ids=[[1], [2, 3]], step=7
-    )
+    assert seen == dict(columns, completions=["a", "b"], prompts=prompts, completion_ids=[[1], [2, 3]], step=7)
 
 
 def test_the_sum_leaves_none_out():
@@ -645,9 +662,7 @@ def test_a_reward_that_raises_on_the_whole_batch_alone():
         return [0.0]
 
     orms["whole"] = whole
-    with pytest.raises(
-        RuntimeError, match=r"reward whole, step 3, rows 0 to 1: raised AssertionError: too many"
-    ):
+    with pytest.raises(RuntimeError, match=r"reward whole, step 3, rows 0 to 1: raised AssertionError: too many"):
         run(Rewards(["whole"]), ["a", "b"])
 
 
@@ -717,9 +732,7 @@ def test_a_missing_plugin_and_two_that_clash(tmp_path):
         load_plugins(["nowhere.py"])
     code = "from rewards import orms\norms['mine'] = lambda completions: [0.0]"
     one, two = plugin(tmp_path, code, "p1.py"), plugin(tmp_path, code, "p2.py")
-    with pytest.raises(
-        ValueError, match="p2.py: overwrites another plugin's reward mine; choose another name"
-    ):
+    with pytest.raises(ValueError, match="p2.py: overwrites another plugin's reward mine; choose another name"):
         load_plugins([one, two])
     load_plugins([one])
     load_plugins([one])  # a second run in one process
@@ -739,13 +752,9 @@ def test_columns_are_checked_before_the_run():
     orms["level"] = lambda completions, level, bonus=1, **kwargs: level
     reward = Rewards(["accuracy", "format", "cosine", "repetition", "level"])
     reward.check_columns(["solution", "problem", "level"])
-    with pytest.raises(
-        ValueError, match="^--reward_funcs accuracy: needs a column solution; the dataset has level$"
-    ):
+    with pytest.raises(ValueError, match="^--reward_funcs accuracy: needs a column solution; the dataset has level$"):
         reward.check_columns(["level"])
-    with pytest.raises(
-        ValueError, match="^--reward_funcs level: needs a column level; the dataset has solution$"
-    ):
+    with pytest.raises(ValueError, match="^--reward_funcs level: needs a column level; the dataset has solution$"):
         reward.check_columns(["solution"])
     with pytest.raises(ValueError, match="^--dataset: rename its column step; "):
         reward.check_columns(["solution", "level", "step"])
@@ -781,9 +790,7 @@ def model_dir(tmp_path_factory):
         ]
         backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]"
-        )
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
         tokenizer.chat_template = template
         tokenizer.save_pretrained(path)
         torch.manual_seed(0)
@@ -806,9 +813,7 @@ def test_the_reward_model_is_last_and_scores_as_one_at_a_time(model_dir, make):
     assert reward.names == ["format", "scorer"] and reward.reward_model.model is None
     reward.start()
     completions = ["good " * (1 + i % 7) + str(i) for i in range(20)]
-    prompts = [
-        [{"role": "system", "content": "bad"}, {"role": "user", "content": f"{i} ?"}] for i in range(20)
-    ]
+    prompts = [[{"role": "system", "content": "bad"}, {"role": "user", "content": f"{i} ?"}] for i in range(20)]
     rows = run(reward, completions, prompts=prompts)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
