@@ -253,7 +253,22 @@ def test_equal_answers_score_one_and_others_zero(accuracy):
 
 def test_a_quick_verdict_is_the_one_that_math_verify_gives():
     rng = random.Random(0)
-    numbers = ["0", "7", "18", "-18", "1,234", "0.5", "18.00", "99.99", "0.1234567", "-0.5", "12.3456789"]
+    numbers = [
+        "0",
+        "7",
+        "18",
+        "-18",
+        "1,234",
+        "0.5",
+        "18.00",
+        "99.99",
+        "0.1234567",
+        "0.1234568",
+        "1.0000001",
+        "1",
+        "-0.5",
+        "12.3456789",
+    ]
     numbers += [str(round(rng.uniform(-2000, 2000), rng.randrange(8))) for _ in range(20)]
     quick = [(a, b, rewards.quick_verdict(a, b)) for a in numbers for b in numbers]
     wrong = [(a, b, verdict) for a, b, verdict in quick if verdict not in (None, rewards.verdict(a, b))]
