@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
 
@@ -181,13 +183,7 @@ def logps_from_hidden_states(
     """
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_from_hidden_states(model, hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        logps = -F.cross_entropy(logits, targets, reduction="none")
-        with torch.no_grad():
-            all_logps = F.log_softmax(logits, dim=-1)
-            entropies = -(all_logps.exp() * all_logps).sum(-1)
-        return logps, entropies
+        return LogpsFromLogits.apply(logits_from_hidden_states(model, hidden), targets, temperature)
 
     chunks = [
         checkpoint(chunk_logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk_logps(h, t)
@@ -197,6 +193,35 @@ def logps_from_hidden_states(
     return torch.cat(logps), torch.cat(entropies)
 
 
+class LogpsFromLogits(torch.autograd.Function):
+    """logits (N, V), targets (N,) → log-probabilities (N,) and entropies (N,) of softmax(logits / temperature).
+
+    What log_softmax and gather do, in a third of the passes over (N, V) numbers, which on a CPU is a third of the time.
+    The gradient is (one-hot of the target - softmax) / temperature; the entropies have none.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+        chosen = scaled.gather(1, targets[:, None])
+        largest = scaled.amax(1, keepdim=True)
+        weights = (scaled - largest).exp_()
+        total = weights.sum(1, keepdim=True)
+        log_normalizer = largest + total.log()
+        ctx.save_for_backward(weights, total, targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        entropies = log_normalizer[:, 0] - torch.linalg.vecdot(weights, scaled) / total[:, 0]
+        ctx.mark_non_differentiable(entropies)
+        return (chosen - log_normalizer)[:, 0], entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None]:
+        weights, total, targets = ctx.saved_tensors
+        grad = grad[:, None] / ctx.temperature
+        grad_logits = weights * (-grad / total)
+        return grad_logits.scatter_add_(1, targets[:, None], grad).to(ctx.dtype), None, None
+
+
 def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
     """The output head with what some architectures do after it: Cohere and Granite scale, Gemma 2 caps."""
     logits = model.get_output_embeddings()(hidden)
@@ -204,6 +229,46 @@ def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
     logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def use_grouped_attention(model: torch.nn.Module) -> None:
+    """Have a model that attends through PyTorch's SDPA do so through `grouped_attention`; others stay as they are."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("grouped")
+
+
+def grouped_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" attention, with two quicker ways for grouped-query attention under a mask.
+
+    query (B, heads, T, d), key and value (B, key heads, L, d), attention_mask (B, 1, T, L) → (B, T, heads, d).
+    Query heads that share a key head become more queries of that head, so that no key or value is repeated. For one new
+    token a row that goes to SDPA: 5 times as fast on a CPU, 64 rows in bfloat16. A CPU's SDPA is slow in bfloat16 when
+    it needs a gradient: while the table of scores is small, plain matrix products are, forward and backward, 6 times as fast.
+    """
+    rows, heads, length, dim = query.shape
+    groups, columns = key.shape[1], key.shape[2]
+    small = rows * heads * length * columns <= MAX_SCORES and attention_mask is not None
+    multiply = small and query.device.type == "cpu" and query.requires_grad
+    if kwargs.get("dropout") or not (length == 1 or multiply):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scale = kwargs.get("scaling") or dim**-0.5
+    grouped = query.reshape(rows, groups, -1, dim)
+    if length == 1:
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
+    else:
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
+            ~attention_mask, torch.finfo(query.dtype).min
+        )
+        scores = torch.matmul(grouped * scale, key.transpose(2, 3)).view(rows, groups, -1, length, columns)
+        out = torch.matmul((scores + bias[:, :, None]).softmax(-1).view(rows, groups, -1, columns), value)
+    return out.view(rows, heads, length, -1).transpose(1, 2), None
+
+
+MAX_SCORES = 1 << 24  # 32 MiB a layer in bfloat16; beyond it SDPA's memory, linear in length, is worth its time
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:

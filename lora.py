@@ -41,7 +41,9 @@ class LoRALinear(nn.Linear):
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        low_rank = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        lifted = (self.scale * self.lora_B).to(x.dtype)
+        return torch.addmm(y.flatten(0, -2), low_rank, lifted.T).view(y.shape)  # y + low_rank · liftedᵀ in one pass
 
     def merged_weight(self) -> Tensor:
         """W + (α/r) B A in W's precision, computed in float32: a new tensor, W itself stays as it is."""

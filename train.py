@@ -256,6 +256,7 @@ def load_policy(args: argparse.Namespace, world: dist.World):
     torch.manual_seed(args.seed)  # LoRA's A matrices, the same on every rank
     dtype = getattr(torch, args.torch_dtype)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(world.device)
+    grpo.use_grouped_attention(model)
     reference = None
     if args.train_type == "lora":
         lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
