@@ -27,6 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames the two collectives on flat tensors.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class World:
@@ -81,7 +85,7 @@ def stop() -> None:
 
 @dataclass
 class Bucket:
-    """Parameters of one dtype and one weight decay in one flat tensor, and this rank's shard of their training state."""
+    """Parameters of one dtype and weight decay in one flat tensor, and this rank's shard of their training state."""
 
     names: list[str]
     parameters: list[Tensor]
@@ -94,6 +98,10 @@ class Bucket:
     grad: Tensor | None = None  # (shard,) float32, summed over ranks and micro-batches; None between steps
     full_grad: Tensor | None = None  # (N · shard,) gradients of the backward pass under way
     arrived: int = 0  # how many of the parameters have their gradient in full_grad
+
+    @property
+    def is_complete(self) -> bool:
+        return self.arrived == len(self.parameters)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A tensor as long as `flat` cut into pieces of the parameters' shapes."""
@@ -159,9 +167,13 @@ class ZeroAdamW:
 
     # Phase 1: reduce while the backward pass runs.
 
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass; afterwards each rank holds its shard of the gradient summed over ranks, and no other."""
-        loss.backward()
+    def backward(self, loss: Tensor | None) -> None:
+        """The backward pass; afterwards each rank holds its shard of the gradient summed over ranks, and no other.
+
+        None: this rank adds nothing, but the others' gradients still need it.
+        """
+        if loss is not None:
+            loss.backward()
         while self.next < len(self.buckets):  # those with parameters that got no gradient
             self._reduce_next()
         self._finish_reduce()
@@ -174,12 +186,8 @@ class ZeroAdamW:
         bucket.views(bucket.full_grad)[i].add_(parameter.grad)
         parameter.grad = None
         bucket.arrived += 1
-        while self.next < len(self.buckets) and self._complete(self.buckets[self.next]):
+        while self.next < len(self.buckets) and self.buckets[self.next].is_complete:
             self._reduce_next()
-
-    @staticmethod
-    def _complete(bucket: Bucket) -> bool:
-        return bucket.arrived == len(bucket.parameters)
 
     def _reduce_next(self) -> None:
         """Start to sum the next bucket's gradient over the ranks. One is under way at a time, so two are in memory."""
@@ -190,7 +198,7 @@ class ZeroAdamW:
         bucket.full_grad, bucket.arrived = None, 0
         if self.shards > 1:
             result = full.new_empty(len(bucket.master))
-            work = dist.reduce_scatter_tensor(result, full, async_op=True)
+            work = reduce_scatter(result, full, async_op=True)
         else:
             result, work = full, dist.all_reduce(full, async_op=True) if self.ranks > 1 else None
         self.in_flight = (bucket, result, work)
@@ -231,7 +239,7 @@ class ZeroAdamW:
             bucket.master.addcdiv_(bucket.exp_avg, denominator, value=-learning_rate / correction1)
             bucket.flat[bucket.shard] = bucket.master
             if self.shards > 1:
-                dist.all_gather_into_tensor(bucket.flat, bucket.flat[bucket.shard].clone())
+                all_gather(bucket.flat, bucket.flat[bucket.shard].clone())
         return norm
 
     # Checkpoints: full tensors by parameter name, so that they load on any number of ranks.
@@ -244,7 +252,7 @@ class ZeroAdamW:
                 full = shard = getattr(bucket, kind)
                 if self.shards > 1:
                     full = shard.new_empty(self.shards * len(shard))
-                    dist.all_gather_into_tensor(full, shard)
+                    all_gather(full, shard)
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     pieces = zip(bucket.names, bucket.views(full))
                     state |= {f"{kind}.{name}": piece.to("cpu", copy=True) for name, piece in pieces}

@@ -27,6 +27,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
+LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
+ROWS_AT_ONCE = 16  # completions in one forward pass: few enough to be of like length, enough for the matrix products
+MAX_SCORES = 1 << 24  # 32 MiB of attention scores a layer in bfloat16; see grouped_attention
 
 
 def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
@@ -124,19 +127,33 @@ def completion_hidden_states(
 
     prompts, row_of = distinct(prompt_ids, device)
     first, cache, prompt_mask = prefill(model, prompts)
-    first = first[row_of, None]  # a prompt's last position predicts the first completion token
-    if completions.shape[1] == 1:
-        return first
-    cache.batch_select_indices(row_of)
-    mask = torch.cat([prompt_mask[row_of], completion_mask[:, :-1]], dim=1)
-    out = decoder(
-        input_ids=completions[:, :-1],
-        attention_mask=mask,
-        position_ids=positions(mask)[:, prompt_mask.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return torch.cat([first, out.last_hidden_state], dim=1)
+    lengths = completion_mask.sum(1)
+    parts = []
+    by_length = lengths.argsort(descending=True)
+    for rows in by_length.split(ROWS_AT_ONCE):  # rows of like length, so that little is padding
+        own = row_of[rows]
+        hidden = first[own, None]  # a prompt's last position predicts the first completion token
+        inputs = completions[rows, : lengths[rows[0]] - 1]
+        if inputs.shape[1]:
+            mask = torch.cat([prompt_mask[own], completion_mask[rows, : inputs.shape[1]]], dim=1)
+            out = decoder(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions(mask)[:, prompt_mask.shape[1] :],
+                past_key_values=select_rows(cache, own),
+                use_cache=True,
+            )
+            hidden = torch.cat([hidden, out.last_hidden_state], dim=1)
+        parts.append(F.pad(hidden, (0, 0, 0, completions.shape[1] - hidden.shape[1])))
+    return torch.cat(parts)[by_length.argsort()]
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A new cache that holds these rows of another."""
+    selected = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        selected.update(layer.keys[rows], layer.values[rows], i)
+    return selected
 
 
 def distinct(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -173,14 +190,15 @@ def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[T
 
 
 def logps_from_hidden_states(
-    model: torch.nn.Module, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int = 512
+    model: torch.nn.Module, hidden: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """hidden (N, D), targets (N,) → log-probabilities (N,) and entropies (N,) of N tokens.
 
-    The (N, vocabulary) table never exists: the head is applied to `chunk_size` tokens at a time, and the backward pass
-    makes each chunk's logits again. With 152 k tokens in the vocabulary a chunk is 0.3 GB; 16 completions of 2,048
-    tokens would be 20 GB.
+    The (N, vocabulary) table never exists: the head is applied to as many tokens at a time as make LOGITS_AT_ONCE
+    logits, and the backward pass makes them again. 16 completions of 2,048 tokens with a vocabulary of 152 k would
+    take 20 GB; a chunk takes 128 MiB, whatever the vocabulary.
     """
+    chunk_size = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return LogpsFromLogits.apply(logits_from_hidden_states(model, hidden), targets, temperature)
@@ -245,7 +263,8 @@ def grouped_attention(
     query (B, heads, T, d), key and value (B, key heads, L, d), attention_mask (B, 1, T, L) → (B, T, heads, d).
     Query heads that share a key head become more queries of that head, so that no key or value is repeated. For one new
     token a row that goes to SDPA: 5 times as fast on a CPU, 64 rows in bfloat16. A CPU's SDPA is slow in bfloat16 when
-    it needs a gradient: while the table of scores is small, plain matrix products are, forward and backward, 6 times as fast.
+    it needs a gradient: while the table of scores is small, plain matrix products are, forward and backward, 6 times as fast. Beyond
+    MAX_SCORES, SDPA's memory, linear in length, is worth its time.
     """
     rows, heads, length, dim = query.shape
     groups, columns = key.shape[1], key.shape[2]
@@ -266,7 +285,6 @@ def grouped_attention(
     return out.view(rows, heads, length, -1).transpose(1, 2), None
 
 
-MAX_SCORES = 1 << 24  # 32 MiB a layer in bfloat16; beyond it SDPA's memory, linear in length, is worth its time
 AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", sdpa_mask)
 

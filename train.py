@@ -94,17 +94,22 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         num_tokens += sample.num_tokens
         log.completions(step, sample)
 
-        size = args.per_device_train_batch_size
-        micro_batches = [slice(i, i + size) for i in range(0, len(sample.prompt_ids), size)]
+        micro_batches = sample.micro_batches(args)
         ref_logps = [reference_logps(args, reference, sample, micro) for micro in micro_batches]
         old_logps = [None] * len(micro_batches)  # of the policy that sampled: what the first iteration computes anyway
 
         for _ in range(min(args.num_iterations, max_steps - step)):
             training = time.perf_counter()
-            totals: dict[str, float] = {}
+            sums = dict.fromkeys(["loss", "clip_ratio", "entropy"] + ["kl"] * (reference is not None), 0.0)
             for i, micro in enumerate(micro_batches):
+                if not micro:
+                    optimizer.backward(None)
+                    continue
                 logps, entropies, mask = grpo.completion_logps(
-                    model, sample.prompt_ids[micro], sample.completion_ids[micro], args.temperature
+                    model,
+                    [sample.prompt_ids[j] for j in micro],
+                    [sample.completion_ids[j] for j in micro],
+                    args.temperature,
                 )
                 if old_logps[i] is None:
                     old_logps[i] = logps.detach()
@@ -120,9 +125,9 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     num_completions=completions_per_step,
                 )
                 optimizer.backward(loss)
-                metrics["entropy"] = ((entropies * mask).sum(1) / mask.sum(1)).sum() / completions_per_step
+                metrics["entropy"] = ((entropies * mask).sum(1) / mask.sum(1)).sum() / sample.num_trained
                 for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value.item()
+                    sums[name] += value.item()
             learning_rate = args.learning_rate * schedule(args, step, max_steps)
             grad_norm = optimizer.step(learning_rate)
             sampler.take_weights(model)
@@ -133,7 +138,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 step,
                 {"epoch": step / steps_per_epoch, "learning_rate": learning_rate, "num_tokens": num_tokens},
                 {
-                    **world.sum(totals),
+                    **world.sum(sums),
                     **sample.metrics,
                     **sample.drift(world),
                     "grad_norm": grad_norm,
@@ -314,18 +319,28 @@ class Rollout:
     num_tokens: int  # in all ranks' prompts and completions
     metrics: dict[str, float]  # means over all ranks' completions
     records: list[dict]  # what completions.jsonl tells of each, for all ranks; empty without --log_completions
+    num_trained: int = 0  # completions of all ranks that micro_batches holds
     differences: list[float] = field(default_factory=list)
 
-    def compare_with_sampler(self, micro: slice, logps) -> None:
+    def micro_batches(self, args: argparse.Namespace) -> list[list[int]]:
+        """Indices of this rank's completions in as many micro-batches as every rank has.
+
+        With β = 0 a completion whose advantage is 0 has no gradient at all, so it is left out; a micro-batch may be empty.
+        """
+        trained = [i for i, advantage in enumerate(self.advantages.tolist()) if advantage or args.beta]
+        count = args.gradient_accumulation_steps
+        return [trained[len(trained) * i // count : len(trained) * (i + 1) // count] for i in range(count)]
+
+    def compare_with_sampler(self, micro: list[int], logps: torch.Tensor) -> None:
         """Remember how far the trainer's log-probabilities are from those the sampler drew with."""
-        for row, theirs in zip(logps.tolist(), self.sampler_logps[micro]):
-            self.differences += [abs(a - b) for a, b in zip(row, theirs)]
+        for i, row in zip(micro, logps.tolist()):
+            self.differences += [abs(a - b) for a, b in zip(row, self.sampler_logps[i])]
 
     def drift(self, world: dist.World) -> dict[str, float]:
         """Mean and maximum of |sampler - trainer| over the batch's tokens: a stale or other policy shows here."""
-        parts = world.gather([(sum(self.differences), len(self.differences), max(self.differences))])
-        total, count, largest = zip(*parts)
-        return {"sampler/logp_diff": sum(total) / sum(count), "sampler/logp_diff_max": max(largest)}
+        parts = world.gather([(sum(self.differences), len(self.differences), max(self.differences, default=0.0))])
+        totals, counts, largest = zip(*parts)
+        return {"sampler/logp_diff": sum(totals) / max(1, sum(counts)), "sampler/logp_diff_max": max(largest)}
 
 
 def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, stream, step) -> Rollout:
@@ -386,21 +401,21 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
         sampler_logps=[completion.logps for completion in completions],
         advantages=advantages[mine].to(world.device),
         size=len(everyone),
+        num_trained=int(advantages.count_nonzero()) if args.beta == 0 else len(everyone),
         num_tokens=round((means["prompt_length"] + means["completion_length"]) * len(everyone)),
         metrics=metrics,
         records=records,
     )
 
 
-def reference_logps(args, reference, sample: Rollout, micro: slice):
+def reference_logps(args, reference, sample: Rollout, micro: list[int]) -> torch.Tensor | None:
     """The reference policy's log-probabilities of a micro-batch, (B, T); None without a reference."""
-    if reference is None:
+    if reference is None or not micro:
         return None
     training = reference.training
     with torch.no_grad(), lora.disabled(reference.eval()):
-        logps, _, _ = grpo.completion_logps(
-            reference, sample.prompt_ids[micro], sample.completion_ids[micro], args.temperature
-        )
+        prompts, completions = [sample.prompt_ids[i] for i in micro], [sample.completion_ids[i] for i in micro]
+        logps, _, _ = grpo.completion_logps(reference, prompts, completions, args.temperature)
     reference.train(training)
     return logps
 
@@ -730,8 +745,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    argv = sys.argv[1:]
+def main(argv: list[str]) -> None:
     if not argv:
         argv = DEMO.split()
         print(f"python train.py {DEMO}", flush=True)
@@ -749,4 +763,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

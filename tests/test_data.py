@@ -190,9 +190,7 @@ def test_each_file_type_gives_the_same_rows(tmp_path, suffix):
     elif suffix == "json":
         path.write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
     else:
-        path.write_text(
-            "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n", encoding="utf-8-sig"
-        )
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n", encoding="utf-8-sig")
     expected = [{"prompt": [user(r["question"])], "solution": r["answer"], **r} for r in rows]
     assert data.load_rows([str(path)]) == expected
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # no cache beside the user's file
@@ -337,9 +335,7 @@ def test_a_system_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "folder.md").mkdir()
-    assert error_of(data.read_system, "examples/nope.txt").startswith(
-        "--system examples/nope.txt: no such file"
-    )
+    assert error_of(data.read_system, "examples/nope.txt").startswith("--system examples/nope.txt: no such file")
     assert error_of(data.read_system, "nope.md").startswith("--system nope.md: no such file")
     assert error_of(data.read_system, "prompts/r1").startswith("--system prompts/r1: no such file")
     assert error_of(data.read_system, "empty.txt").startswith("--system empty.txt: the file is empty")
@@ -451,9 +447,7 @@ def test_a_template_that_writes_the_first_token_gets_no_second(tokenizer):
 
     adding = copy.deepcopy(tokenizer)
     adding.add_bos_token = True
-    adding.chat_template = (
-        "{{ bos_token }}{{ messages[-1]['content'] }}{% if add_generation_prompt %}:{% endif %}"
-    )
+    adding.chat_template = "{{ bos_token }}{{ messages[-1]['content'] }}{% if add_generation_prompt %}:{% endif %}"
     (row,), _ = data.encode([{"prompt": [user("a")]}], adding)
     assert row["prompt_ids"].count(adding.bos_token_id) == 1 and row["prompt_ids"][0] == adding.bos_token_id
 
@@ -525,9 +519,7 @@ def test_neither_side_of_a_split_is_ever_empty(write, ratio, count):
 
 def test_an_impossible_split_is_one_line(write):
     one = data.load_rows([write([{"question": "a"}] * 5)])
-    assert error_of(data.split, one, 0.1, 42).startswith(
-        "--split_dataset_ratio 0.1: 1 question cannot be split"
-    )
+    assert error_of(data.split, one, 0.1, 42).startswith("--split_dataset_ratio 0.1: 1 question cannot be split")
     for ratio in (0, 1, -0.1, 2.0, float("nan")):
         assert error_of(data.split, one, ratio, 42).startswith(f"--split_dataset_ratio {ratio}: not a share")
 

