@@ -65,16 +65,19 @@ class World:
             dist.barrier()
 
 
-def start() -> World:
-    """Join the processes that torchrun started (one process without it): NCCL on GPUs, gloo on CPUs."""
+def find_world() -> World:
+    """This process's place among those that torchrun started (alone without it), and its GPU if there are any."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return World(rank, size, torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def start(world: World) -> None:
+    """Join the other processes: NCCL on GPUs, gloo on CPUs."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size > 1:
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
 
 
 def stop() -> None:

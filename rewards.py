@@ -57,6 +57,10 @@ class ORM:
 AsyncORM = ORM  # ms-swift has two
 
 
+class RewardError(RuntimeError):
+    """A reward raised, or returned something that is no list of numbers."""
+
+
 class Accuracy(ORM):
     """1.0 where the answer in a completion equals the reference `solution`, else 0.0; None without a reference."""
 
@@ -320,7 +324,7 @@ class Rewards:
         return rows
 
     def check(self, i, values, batch, step):
-        """The values that reward i returned, as floats and None; RuntimeError, with the batch kept, if they are not."""
+        """The values that reward i returned, as floats and None; RewardError, with the batch kept, if they are not."""
         n, row = len(batch["completions"]), None
         if hasattr(values, "tolist"):  # a tensor or an array
             values = values.tolist()
@@ -347,7 +351,7 @@ class Rewards:
             kept = {"error": message, "row": row, "step": step, **batch}
             path.write_text(json.dumps(kept, indent=1, default=str))
             message += f" (the rows are in {path})"
-        raise RuntimeError(message) from (values if isinstance(values, BaseException) else None)
+        raise RewardError(message) from (values if isinstance(values, BaseException) else None)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last call."""

@@ -15,6 +15,7 @@ slices. Every random number belongs to a completion or to an epoch, so the numbe
 """
 
 import argparse
+import atexit
 import copy
 import difflib
 import importlib.util
@@ -33,27 +34,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import data
 import dist
 import grpo
 import lora
-from rewards import Rewards, load_plugins, total
+from rewards import RewardError, Rewards, load_plugins, total
 from sampler import ModelSampler
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and --dataset_num_proc's forks do not mix
+transformers_logging.disable_progress_bar()
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "SmolLM2-135M-Instruct"
 DEMO = (
     "--dataset arithmetic --val_dataset arithmetic-test --reward_funcs accuracy format --output_dir output/demo "
-    "--train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 1e-3 --lr_scheduler_type constant --beta 0 "
-    "--num_generations 8 --per_device_train_batch_size 64 --max_completion_length 40 --max_steps 40 "
-    "--num_generations_eval 1 --per_device_eval_batch_size 256 --eval_on_start true --eval_steps 40 "
-    "--log_completions true"
+    "--train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 5e-4 --lr_scheduler_type linear --beta 0 "
+    "--num_generations 8 --temperature 1.0 --max_completion_length 32 --max_steps 32 "
+    "--per_device_train_batch_size 64 --gradient_accumulation_steps 2 --log_completions true "
+    "--num_generations_eval 1 --per_device_eval_batch_size 256 --eval_on_start true --eval_steps 8"
 )
 
 
 def train(args: argparse.Namespace, world: dist.World) -> None:
-    # Everything that can be wrong is found here, before a model is loaded.
+    # Everything that can be wrong is found here, before the processes meet and a model is loaded.
     tokenizer, train_rows, val_rows, rewards = prepare(args, world)
+    dist.start(world)
     completions_per_step = world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     prompts_per_batch = completions_per_step // args.num_generations
     steps_per_epoch = args.num_iterations * len(train_rows) / prompts_per_batch
@@ -90,9 +95,9 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     for batch in range(math.ceil(step / args.num_iterations), math.ceil(max_steps / args.num_iterations)):
         started = time.perf_counter()
         order = data.step_rows(batch, prompts_per_batch, len(train_rows), args.seed)
-        sample = rollout([train_rows[i] for i in order], args.num_generations, batch, step)
+        sample = rollout([train_rows[i] for i in order], args.num_generations, batch, step + 1)
         num_tokens += sample.num_tokens
-        log.completions(step, sample)
+        log.completions(step + 1, sample)
 
         micro_batches = sample.micro_batches(args)
         ref_logps = [reference_logps(args, reference, sample, micro) for micro in micro_batches]
@@ -167,6 +172,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
     check(args, world.size)
     load_plugins(args.external_plugins)
     rewards = Rewards(args.reward_funcs, args.reward_weights, device=world.device, **vars(args))
+    atexit.register(rewards.close)
     system = data.read_system(args.system)
     load = {"seed": args.seed, "num_proc": args.dataset_num_proc, "system": system}
     train_rows, val_rows = data.load_rows(args.dataset, **load), []
@@ -463,8 +469,7 @@ class Log:
             file = self.folder / name
             if file.exists():
                 lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-                later = "completions" in name
-                file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step - later), encoding="utf-8")
+                file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step), encoding="utf-8")
         self.bar = tqdm(total=max_steps, initial=step, desc="GRPO", unit="step", dynamic_ncols=True)
 
     def step(self, step: int, state: dict[str, float], metrics: dict[str, float]) -> None:
@@ -562,6 +567,11 @@ def checkpoints(output_dir: str) -> list[Path]:
     return sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
+def how_to_resume(args: argparse.Namespace) -> str:
+    kept = checkpoints(args.output_dir)
+    return f"--resume_from_checkpoint true goes on from {kept[-1]}" if kept else "there is no checkpoint yet"
+
+
 def checkpoint_to_resume(args: argparse.Namespace) -> Path:
     if args.resume_from_checkpoint != "true":
         return Path(args.resume_from_checkpoint)
@@ -626,10 +636,11 @@ class Parser(argparse.ArgumentParser):
         fail(message.removeprefix("argument "))
 
 
-def fail(message: str):
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(message: str, status: int = 2):
+    """End with one line; what is wrong with the flags (status 2) is the same on every rank and said by rank 0."""
+    if status != 2 or int(os.environ.get("RANK", 0)) == 0:
         print(f"train.py: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -751,13 +762,16 @@ def main(argv: list[str]) -> None:
         print(f"python train.py {DEMO}", flush=True)
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
-    world = dist.start()
     try:
-        train(args, world)
+        train(args, dist.find_world())
     except ValueError as error:
         if not str(error).startswith("--"):  # not the user's flags, so the traceback is worth reading
             raise
         fail(str(error))
+    except (RewardError, FloatingPointError) as error:
+        fail(f"{error}; {how_to_resume(args)}", status=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {how_to_resume(args)}", status=130)
     finally:
         dist.stop()
 
