@@ -131,15 +131,15 @@ def sample_tokens(
 
     logits (B, V), uniforms (B,) in [0, 1) → tokens (B,), log-probabilities (B,) under softmax(logits / temperature).
     """
-    logits = logits.float() / temperature
-    log_normalizer = logits.logsumexp(-1, keepdim=True)
-    allowed = truncate(logits, top_p, top_k) if top_p < 1.0 or top_k > 0 else logits
-    cdf = (allowed - log_normalizer).exp_().cumsum(-1, dtype=torch.float32)
-    total = cdf[:, -1:]  # 1 up to rounding, less when truncated
+    logits = logits.float().div_(temperature)
+    probabilities = logits.softmax(-1)
+    allowed = truncate(logits, top_p, top_k).softmax(-1) if top_p < 1.0 or top_k > 0 else probabilities
+    cdf = allowed.cumsum(-1)
+    total = cdf[:, -1:]  # 1 up to rounding
     # Rounding must not lift u·total to total itself, behind which no token lies.
     target = torch.minimum(uniforms[:, None].float() * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cdf, target, right=True)
-    return tokens[:, 0], (logits.gather(1, tokens) - log_normalizer)[:, 0]
+    return tokens[:, 0], probabilities.gather(1, tokens).log()[:, 0]
 
 
 def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
