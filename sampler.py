@@ -131,7 +131,7 @@ def sample_tokens(
 
     logits (B, V), uniforms (B,) in [0, 1) → tokens (B,), log-probabilities (B,) under softmax(logits / temperature).
     """
-    logits = logits.float().div_(temperature)
+    logits = logits.to(torch.float32, copy=True).div_(temperature)
     probabilities = logits.softmax(-1)
     allowed = truncate(logits, top_p, top_k).softmax(-1) if top_p < 1.0 or top_k > 0 else probabilities
     cdf = allowed.cumsum(-1)
