@@ -639,7 +639,7 @@ class Parser(argparse.ArgumentParser):
 def fail(message: str, status: int = 2):
     """End with one line; what is wrong with the flags (status 2) is the same on every rank and said by rank 0."""
     if status != 2 or int(os.environ.get("RANK", 0)) == 0:
-        print(f"train.py: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"train.py: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
     sys.exit(status)
 
 
