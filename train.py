@@ -646,6 +646,7 @@ def fail(message: str, status: int = 2):
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="train.py",
+        usage="torchrun --nproc_per_node N train.py --dataset NAME --reward_funcs NAME [--flag value ...]",
         description="GRPO for language models. Without flags: the demo.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
