@@ -484,8 +484,7 @@ class Log:
             self.unlogged = []
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        names = {name: f"eval/{name}" for name in metrics}
-        self._write(step, {"step": step, **{names[name]: value for name, value in metrics.items()}})
+        self._write(step, {"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
         if self.main:
             shown = [n for n in metrics if n == "reward" or n.startswith("rewards/") or n == "completion_length"]
             self.bar.write(f"step {step}: " + ", ".join(f"eval/{n} {metrics[n]:.3f}" for n in shown))
