@@ -15,21 +15,22 @@ To try a new idea, change `group_advantages` (Dr. GRPO drops the std, RLOO leave
 two-sided ε, a mean over all tokens): both are plain functions of small tensors.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
-LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
-ROWS_AT_ONCE = 16  # completions in one forward pass: few enough to be of like length, enough for the matrix products
-MAX_SCORES = 1 << 24  # 32 MiB of attention scores a layer in bfloat16; see grouped_attention
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB in float32
+TOKENS_AT_ONCE = 4096  # in one forward pass: enough for the matrix products
+MAX_SCORES = 1 << 25  # 64 MiB of attention scores a layer in bfloat16; see grouped_attention
 
 
 def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
@@ -128,9 +129,9 @@ def completion_hidden_states(
     prompts, row_of = distinct(prompt_ids, device)
     first, cache, prompt_mask = prefill(model, prompts)
     lengths = completion_mask.sum(1)
-    parts = []
     by_length = lengths.argsort(descending=True)
-    for rows in by_length.split(ROWS_AT_ONCE):  # rows of like length, so that little is padding
+    parts = []
+    for rows in by_length.split(like_sizes(lengths[by_length].tolist())):
         own = row_of[rows]
         hidden = first[own, None]  # a prompt's last position predicts the first completion token
         inputs = completions[rows, : lengths[rows[0]] - 1]
@@ -140,7 +141,7 @@ def completion_hidden_states(
                 input_ids=inputs,
                 attention_mask=mask,
                 position_ids=positions(mask)[:, prompt_mask.shape[1] :],
-                past_key_values=select_rows(cache, own),
+                past_key_values=Cache(layers=[layer.select(own) for layer in cache.layers]),
                 use_cache=True,
             )
             hidden = torch.cat([hidden, out.last_hidden_state], dim=1)
@@ -148,12 +149,15 @@ def completion_hidden_states(
     return torch.cat(parts)[by_length.argsort()]
 
 
-def select_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A new cache that holds these rows of another."""
-    selected = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        selected.update(layer.keys[rows], layer.values[rows], i)
-    return selected
+def like_sizes(lengths: Sequence[int]) -> list[int]:
+    """How many rows, longest first, to run together, so that at most a fifth of a row is padding."""
+    sizes, longest = [], 0
+    for length in lengths:
+        if length < 0.8 * longest or not sizes or longest * (sizes[-1] + 1) > TOKENS_AT_ONCE:
+            sizes.append(0)
+            longest = length
+        sizes[-1] += 1
+    return sizes
 
 
 def distinct(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -163,20 +167,21 @@ def distinct(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple
     return list(rows), torch.tensor(row_of, device=device)
 
 
-def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache, Tensor]:
     """Run P different prompts → last hidden states (P, D), their keys and values, and the mask (P, L) of the latter.
 
     What all of them begin with (the system prompt, a worked example) runs once, in a batch of one; then each prompt
     continues from it. Prompts of different lengths are padded in front of where they differ; transformers measures a
     sliding window over that padding too, so models with such windows share nothing and are padded on the left.
     """
-    decoder, device = model.get_decoder(), next(model.parameters()).device
-    sharing = len(prompts) > 1 and not getattr(model.config.get_text_config(), "sliding_window", None)
+    decoder, device, config = model.get_decoder(), next(model.parameters()).device, model.config
+    sharing = config._attn_implementation == "grouped" and not getattr(config.get_text_config(), "sliding_window", None)
     shared = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts]) if sharing else []
     cache = DynamicCache()  # without the configuration: sliding windows keep their history, the mask hides it
     if shared:
         decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    beginnings = [(layer.keys, layer.values) for layer in cache.layers] or [None] * config.num_hidden_layers
+    cache = Cache(layers=[Layer(beginning) for beginning in beginnings])
     rest, rest_mask = pad([prompt[len(shared) :] for prompt in prompts], "left", device)
     mask = torch.cat([rest_mask.new_ones(len(prompts), len(shared)), rest_mask], dim=1)
     out = decoder(
@@ -189,62 +194,104 @@ def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[T
     return out.last_hidden_state[:, -1], cache, mask
 
 
+class Layer(DynamicLayer):
+    """One layer's keys and values: those of the beginning that all rows share, once, and each row's own.
+
+    beginning: keys and values (1, heads, L0, head_dim), or None; own: (B, heads, L, head_dim). With a beginning,
+    attention gets both as a pair, and `grouped_attention` knows what to do with it.
+    """
+
+    def __init__(
+        self, beginning: tuple[Tensor, Tensor] | None, keys: Tensor | None = None, values: Tensor | None = None
+    ):
+        super().__init__()
+        self.beginning = beginning
+        if keys is not None:
+            self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
+            self.is_initialized = True
+
+    def select(self, rows: Tensor) -> "Layer":
+        return Layer(self.beginning, self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        own = super().update(key_states, value_states)
+        return tuple(zip(self.beginning, own)) if self.beginning else own
+
+    def get_seq_length(self) -> int:
+        return (self.beginning[0].shape[2] if self.beginning else 0) + super().get_seq_length()
+
+
 def logps_from_hidden_states(
     model: torch.nn.Module, hidden: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """hidden (N, D), targets (N,) → log-probabilities (N,) and entropies (N,) of N tokens.
-
-    The (N, vocabulary) table never exists: the head is applied to as many tokens at a time as make LOGITS_AT_ONCE
-    logits, and the backward pass makes them again. 16 completions of 2,048 tokens with a vocabulary of 152 k would
-    take 20 GB; a chunk takes 128 MiB, whatever the vocabulary.
-    """
-    chunk_size = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
-
-    def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return LogpsFromLogits.apply(logits_from_hidden_states(model, hidden), targets, temperature)
-
-    chunks = [
-        checkpoint(chunk_logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk_logps(h, t)
-        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
-    ]
-    logps, entropies = zip(*chunks)
-    return torch.cat(logps), torch.cat(entropies)
+    """hidden (N, D), targets (N,) → log-probabilities (N,) and entropies (N,) of N tokens."""
+    head = functools.partial(logits_from_hidden_states, model)
+    trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+    return HeadLogps.apply(hidden, targets, temperature, head, *trained)
 
 
-class LogpsFromLogits(torch.autograd.Function):
-    """logits (N, V), targets (N,) → log-probabilities (N,) and entropies (N,) of softmax(logits / temperature).
+class HeadLogps(torch.autograd.Function):
+    """The output head and log softmax(logits / temperature) in one, so that the (N, vocabulary) table never exists.
 
-    What log_softmax and gather do, in a third of the passes over (N, V) numbers, which on a CPU is a third of the time.
-    The gradient is (one-hot of the target - softmax) / temperature; the entropies have none.
+    The head is applied to as many tokens at a time as make LOGITS_AT_ONCE logits, in memory that every chunk uses
+    again; the backward pass makes the logits once more. 16 completions of 2,048 tokens with a vocabulary of 152 k would
+    take 20 GB; this takes 64 MiB, whatever the vocabulary. The gradient of a log-probability by its logits is
+    (one-hot of the target - softmax) / temperature; the entropies have none.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
-        chosen = scaled.gather(1, targets[:, None])
-        largest = scaled.amax(1, keepdim=True)
-        weights = (scaled - largest).exp_()
-        total = weights.sum(1, keepdim=True)
-        log_normalizer = largest + total.log()
-        ctx.save_for_backward(weights, total, targets)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        entropies = log_normalizer[:, 0] - torch.linalg.vecdot(weights, scaled) / total[:, 0]
+    def forward(ctx, hidden: Tensor, targets: Tensor, temperature: float, head, *trained) -> tuple[Tensor, Tensor]:
+        vocabulary = head(hidden[:1]).shape[1]
+        size = max(1, LOGITS_AT_ONCE // vocabulary)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        scratch = torch.empty(2, min(size, len(hidden)), vocabulary, dtype=dtype, device=hidden.device)
+        logps, entropies, normalizers = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
+        for part in torch.arange(len(hidden)).split(size):
+            part = slice(part[0], part[-1] + 1)
+            logits, weights = scratch[:, : part.stop - part.start]
+            logits.copy_(head(hidden[part]))
+            if temperature != 1.0:
+                logits.div_(temperature)
+            chosen = logits.gather(1, targets[part, None])[:, 0]
+            largest = logits.amax(1)
+            total = torch.exp(logits.sub_(largest[:, None]), out=weights).sum(1)
+            normalizers[part] = largest + total.log()
+            logps[part] = chosen - normalizers[part]
+            entropies[part] = total.log() - logits.mul_(weights).sum(1) / total
+        ctx.save_for_backward(hidden, targets, normalizers, *trained)
+        ctx.temperature, ctx.head, ctx.size, ctx.vocabulary = temperature, head, size, vocabulary
         ctx.mark_non_differentiable(entropies)
-        return (chosen - log_normalizer)[:, 0], entropies
+        return logps, entropies
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None]:
-        weights, total, targets = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        hidden, targets, normalizers, *trained = ctx.saved_tensors
+        scratch = grad.new_empty(min(ctx.size, len(hidden)), ctx.vocabulary)
+        grad_hidden, grad_trained = torch.empty_like(hidden), [torch.zeros_like(p) for p in trained]
         grad = grad[:, None] / ctx.temperature
-        grad_logits = weights * (-grad / total)
-        return grad_logits.scatter_add_(1, targets[:, None], grad).to(ctx.dtype), None, None
+        for part in torch.arange(len(hidden)).split(ctx.size):
+            part = slice(part[0], part[-1] + 1)
+            with torch.enable_grad():
+                inputs = hidden[part].detach().requires_grad_()
+                logits = ctx.head(inputs)
+            grad_logits = scratch[: len(inputs)].copy_(logits.detach())
+            if ctx.temperature != 1.0:
+                grad_logits.div_(ctx.temperature)
+            grad_logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part])
+            grad_logits.scatter_add_(1, targets[part, None], grad[part])
+            parts = torch.autograd.grad(logits, [inputs, *trained], grad_logits.to(logits.dtype))
+            grad_hidden[part] = parts[0]
+            for sum_, one in zip(grad_trained, parts[1:]):
+                sum_ += one
+        return grad_hidden, None, None, None, *grad_trained
 
 
 def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
     """The output head with what some architectures do after it: Cohere and Granite scale, Gemma 2 caps."""
     logits = model.get_output_embeddings()(hidden)
     config = model.config
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    logits = logits if scale == 1.0 else logits * scale
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -258,31 +305,52 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
 def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa" attention, with two quicker ways for grouped-query attention under a mask.
+    """transformers' "sdpa" attention, with quicker ways for rows that begin alike and for grouped queries.
 
-    query (B, heads, T, d), key and value (B, key heads, L, d), attention_mask (B, 1, T, L) → (B, T, heads, d).
-    Query heads that share a key head become more queries of that head, so that no key or value is repeated. For one new
-    token a row that goes to SDPA: 5 times as fast on a CPU, 64 rows in bfloat16. A CPU's SDPA is slow in bfloat16 when
-    it needs a gradient: while the table of scores is small, plain matrix products are, forward and backward, 6 times as fast. Beyond
-    MAX_SCORES, SDPA's memory, linear in length, is worth its time.
+    query (B, heads, T, d), attention_mask (B, 1, T, L) → (B, T, heads, d). key and value (B, key heads, L, d), or each a
+    pair, of the beginning that all rows share (1, key heads, L0, d) and of each row's own: then one matrix product over
+    all rows attends to the beginning, which is read once and not once a row.
+    Query heads that share a key head become more queries of that head, so that no key or value is repeated. A CPU's SDPA
+    is slow in bfloat16 when it needs a gradient: while the table of scores is small, plain matrix products are, forward
+    and backward, 6 times as fast. Beyond MAX_SCORES, SDPA's memory, linear in length, is worth its time.
     """
     rows, heads, length, dim = query.shape
-    groups, columns = key.shape[1], key.shape[2]
-    small = rows * heads * length * columns <= MAX_SCORES and attention_mask is not None
-    multiply = small and query.device.type == "cpu" and query.requires_grad
-    if kwargs.get("dropout") or not (length == 1 or multiply):
+    pairs = isinstance(key, tuple)
+    groups, columns = (key[1].shape[1], key[0].shape[2] + key[1].shape[2]) if pairs else key.shape[1:3]
+    small = rows * heads * length * columns <= MAX_SCORES and (attention_mask is not None or length == 1)
+    if kwargs.get("dropout") or not (pairs and small or length == 1 or small and query.requires_grad):
+        if pairs:
+            key, value = (torch.cat([shared.expand(rows, -1, -1, -1), own], dim=2) for shared, own in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or dim**-0.5
     grouped = query.reshape(rows, groups, -1, dim)
-    if length == 1:
+    if not pairs and length == 1:
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
+        return out.view(rows, heads, length, -1).transpose(1, 2), None
+
+    def of_all_rows(x: Tensor) -> Tensor:  # (B, groups, n, ·) → (groups, B · n, ·)
+        return x.transpose(0, 1).reshape(groups, -1, x.shape[-1])
+
+    def of_each_row(x: Tensor) -> Tensor:
+        return x.view(groups, rows, -1, x.shape[-1]).transpose(0, 1)
+
+    grouped = grouped * scale
+    if pairs:
+        shared = of_each_row(of_all_rows(grouped) @ key[0][0].transpose(1, 2))
+        scores = torch.cat([shared, grouped @ key[1].transpose(2, 3)], dim=-1)
     else:
-        bias = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
-            ~attention_mask, torch.finfo(query.dtype).min
-        )
-        scores = torch.matmul(grouped * scale, key.transpose(2, 3)).view(rows, groups, -1, length, columns)
-        out = torch.matmul((scores + bias[:, :, None]).softmax(-1).view(rows, groups, -1, columns), value)
-    return out.view(rows, heads, length, -1).transpose(1, 2), None
+        scores = grouped @ key.transpose(2, 3)
+    if attention_mask is not None:
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype)
+        bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+        scores = (scores.view(rows, groups, -1, length, columns) + bias[:, :, None]).view(scores.shape)
+    weights = scores.softmax(-1)
+    if pairs:
+        shared, own = weights.split([key[0].shape[2], key[1].shape[2]], dim=-1)
+        out = of_each_row(of_all_rows(shared) @ value[0][0]) + own @ value[1]
+    else:
+        out = weights @ value
+    return out.reshape(rows, heads, length, -1).transpose(1, 2), None
 
 
 AttentionInterface.register("grouped", grouped_attention)

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from grpo import distinct, logits_from_hidden_states, prefill
+from grpo import Layer, distinct, logits_from_hidden_states, prefill
 
+BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
 COMPACT_AT = 0.75  # drop ended rows once at most this share is alive: copying the cache costs about one decoding step
 
 
@@ -86,8 +88,7 @@ class ModelSampler:
         prompts, row_of = distinct(prompt_ids, device)
         hidden, prefix, mask = prefill(self.model, prompts)
         logits = logits_from_hidden_states(self.model, hidden)[row_of]
-        capacity = mask.shape[1] + self.max_new_tokens
-        cache = Cache(layers=[PreallocatedLayer(layer, row_of, capacity) for layer in prefix.layers])
+        cache = Cache(layers=[PreallocatedLayer(layer, row_of, self.max_new_tokens) for layer in prefix.layers])
         mask = mask[row_of]
         position = mask.sum(1)  # of each row's next token
         uniforms = torch.stack([uniform_stream(seed, self.max_new_tokens) for seed in seeds]).to(device)
@@ -130,16 +131,34 @@ def sample_tokens(
     """Draw one token a row by inverse CDF: the first token whose cumulative probability exceeds the uniform number.
 
     logits (B, V), uniforms (B,) in [0, 1) → tokens (B,), log-probabilities (B,) under softmax(logits / temperature).
+    The sums of BLOCK tokens each find the block, so that only its own tokens need a running sum.
     """
-    logits = logits.to(torch.float32, copy=True).div_(temperature)
-    probabilities = logits.softmax(-1)
-    allowed = truncate(logits, top_p, top_k).softmax(-1) if top_p < 1.0 or top_k > 0 else probabilities
-    cdf = allowed.cumsum(-1)
-    total = cdf[:, -1:]  # 1 up to rounding
-    # Rounding must not lift u·total to total itself, behind which no token lies.
-    target = torch.minimum(uniforms[:, None].float() * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cdf, target, right=True)
-    return tokens[:, 0], probabilities.gather(1, tokens).log()[:, 0]
+    logits = logits.to(torch.float32, copy=True)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    largest = logits.amax(1, keepdim=True)
+    weights = (logits - largest).exp_()
+    log_normalizer = largest + weights.sum(1, keepdim=True).log()
+    if top_p < 1.0 or top_k > 0:
+        weights.masked_fill_(truncate(logits, top_p, top_k) == float("-inf"), 0.0)
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1)
+    target = uniforms[:, None].float() * ends[:, -1:]
+    block = first_above(ends, target)
+    target = target - F.pad(ends, (1, 0)).gather(1, block)  # what is left of it inside the block
+    own = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
+    tokens = block * BLOCK + first_above(own.cumsum(-1), target)
+    return tokens[:, 0], (logits.gather(1, tokens) - log_normalizer)[:, 0]
+
+
+def first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """For each row the first index where cdf (B, n) exceeds target (B, 1): a token with a probability above 0.
+
+    Rounding may put the target below 0 or at the cdf's end, where no such token lies.
+    """
+    end = cdf[:, -1:]
+    target = torch.minimum(target.clamp(min=0.0), torch.nextafter(end, torch.zeros_like(end)))
+    return torch.searchsorted(cdf, target, right=True)
 
 
 def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -158,31 +177,32 @@ def uniform_stream(seed: int, length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(int(seed)))
 
 
-class PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(Layer):
     """One layer's keys and values in buffers that are made once, (rows, heads, capacity, head_dim).
 
-    They start as those of the prompts, each copied to the rows of its completions. A sliding window keeps its full
-    history here: the model's attention mask hides what lies outside the window.
+    They start as those of the prompts, each copied to the rows of its completions; what all prompts begin with stays
+    apart. A sliding window keeps its full history here: the model's attention mask hides what lies outside the window.
     """
 
-    def __init__(self, prompts: DynamicLayer, row_of: Tensor, capacity: int):
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = prompts.keys.dtype, prompts.keys.device, True
-        self.length = prompts.get_seq_length()
-        self.keys, self.values = (self._spread(x, row_of, capacity) for x in (prompts.keys, prompts.values))
+    def __init__(self, prompts: Layer, row_of: Tensor, max_new_tokens: int):
+        super().__init__(
+            prompts.beginning, *(self._spread(x, row_of, max_new_tokens) for x in (prompts.keys, prompts.values))
+        )
+        self.length = prompts.keys.shape[2]
 
     @staticmethod
-    def _spread(prompts: Tensor, row_of: Tensor, capacity: int) -> Tensor:
+    def _spread(prompts: Tensor, row_of: Tensor, max_new_tokens: int) -> Tensor:
         _, heads, length, dim = prompts.shape
-        buffer = prompts.new_empty(len(row_of), heads, capacity, dim)
+        buffer = prompts.new_empty(len(row_of), heads, length + max_new_tokens, dim)
         buffer[:, :, :length] = prompts[row_of]
         return buffer
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        own = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return tuple(zip(self.beginning, own)) if self.beginning else own
 
     def get_seq_length(self) -> int:
-        return self.length
+        return (self.beginning[0].shape[2] if self.beginning else 0) + self.length

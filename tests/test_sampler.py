@@ -99,6 +99,7 @@ def test_a_completion_is_the_same_in_any_batch():
 
 def test_equal_prompts_are_prefilled_once_and_ended_rows_leave_the_batch(monkeypatch):
     model, prompts = tiny_model(), prompts_of()
+    grpo.use_grouped_attention(model)
     seen = []
     forward = type(model.model).forward
     monkeypatch.setattr(
