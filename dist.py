@@ -100,6 +100,7 @@ class Bucket:
     exp_avg_sq: Tensor  # (shard,) float32 second moment
     grad: Tensor | None = None  # (shard,) float32, summed over ranks and micro-batches; None between steps
     full_grad: Tensor | None = None  # (N · shard,) gradients of the backward pass under way
+    grads: list[Tensor] | None = None  # views of full_grad, one a parameter
     arrived: int = 0  # how many of the parameters have their gradient in full_grad
 
     @property
@@ -186,7 +187,8 @@ class ZeroAdamW:
         """Autograd calls this when a parameter's gradient of this backward pass is complete."""
         if bucket.full_grad is None:
             bucket.full_grad = torch.zeros_like(bucket.flat)
-        bucket.views(bucket.full_grad)[i].add_(parameter.grad)
+            bucket.grads = bucket.views(bucket.full_grad)
+        bucket.grads[i].add_(parameter.grad)
         parameter.grad = None
         bucket.arrived += 1
         while self.next < len(self.buckets) and self.buckets[self.next].is_complete:
@@ -198,7 +200,7 @@ class ZeroAdamW:
         bucket = self.buckets[self.next]
         self.next += 1
         full = bucket.full_grad if bucket.full_grad is not None else torch.zeros_like(bucket.flat)
-        bucket.full_grad, bucket.arrived = None, 0
+        bucket.full_grad, bucket.grads, bucket.arrived = None, None, 0
         if self.shards > 1:
             result = full.new_empty(len(bucket.master))
             work = reduce_scatter(result, full, async_op=True)

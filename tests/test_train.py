@@ -266,6 +266,43 @@ def test_the_guides_multi_gpu_command_runs(numina, model_folder, tmp_path):
     assert {"rewards/accuracy", "rewards/format", "kl"} <= set(lines[-1])
 
 
+# Every reward, end to end ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reward_model(model_folder, tmp_path_factory):
+    """A small random classifier with one output and the real tokenizer."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models") / "scorer"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    config = transformers.AutoConfig.from_pretrained(model_folder, num_labels=1, pad_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(1)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+GUIDE_PLUGIN = ROOT / "examples" / "train" / "grpo" / "plugin" / "plugin.py"
+EVERY_REWARD = ["accuracy", "format", "cosine", "repetition", "dummy"]
+
+
+@pytest.mark.parametrize("name", [*EVERY_REWARD, "scorer", "all"])
+def test_each_reward_alone_and_all_with_weights(name, numina, model_folder, reward_model, tmp_path):
+    functions = EVERY_REWARD if name == "all" else [n for n in EVERY_REWARD if n == name]
+    names = functions + ["scorer"] * (name in ("scorer", "all"))
+    weights = [0.5, 2, -1, 3, 0.25, 1.5][: len(names)]
+    changes = {"dataset": numina, "reward_weights": weights, "max_steps": 2, "log_completions": "true"}
+    changes |= {"reward_funcs": functions} | ({"reward_model": reward_model} if "scorer" in names else {})
+    run_train(*flags_for(model_folder, GUIDE_PLUGIN, tmp_path, **changes))
+    for line in read_metrics(tmp_path):
+        assert line["rewards/unscored"] == 0
+        values = [line[f"rewards/{n}"] for n in names]
+        assert line["reward"] == pytest.approx(sum(w * v for w, v in zip(weights, values)), abs=1e-6)
+    for record in map(json.loads, (tmp_path / "completions.jsonl").read_text().splitlines()):
+        assert list(record["rewards"]) == names
+
+
 # Bad input ------------------------------------------------------------------------------------------------------
 
 
