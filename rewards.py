@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 from collections import Counter, deque
 from contextlib import suppress
@@ -39,6 +40,7 @@ from pathlib import Path
 # What the judge says of an answer. The last three score 0.0 and are counted under these names.
 RIGHT, WRONG, UNREADABLE, TIMEOUT, CRASH = "1", "0", "?", "t", "c"
 COUNTED = {UNREADABLE: "unparseable_references", TIMEOUT: "timeouts", CRASH: "crashes"}
+COUNTERS = {"rewards/unscored", *(f"rewards/accuracy/{name}" for name in COUNTED.values())}
 
 
 class ORM:
@@ -173,12 +175,15 @@ class RewardModel:
         from transformers import AutoConfig, AutoTokenizer
 
         try:
-            outputs = AutoConfig.from_pretrained(path).num_labels
+            config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+            missing = missing_head(path, config)
         except (OSError, ValueError) as error:
             raise ValueError(f"--reward_model {path}: cannot be read: {one_line(error)}") from error
-        if outputs != 1:
-            raise ValueError(f"--reward_model {path}: has {outputs} outputs; a model with one is needed")
+        if config.num_labels != 1:
+            raise ValueError(f"--reward_model {path}: has {config.num_labels} outputs; a model with one is needed")
+        if missing:
+            raise ValueError(f"--reward_model {path}: its weights lack {', '.join(missing)}")
         if not self.tokenizer.chat_template:
             raise ValueError(f"--reward_model {path}: its tokenizer has no chat template")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -210,6 +215,22 @@ class RewardModel:
         return scores
 
 
+def missing_head(path, config) -> list[str]:
+    """The weights of a classifier's head if a local folder's files lack them all, read from their headers alone."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForSequenceClassification
+
+    there = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            there.update(weights.keys())
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    head = [name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")]
+    return head if there and there.isdisjoint(head) else []
+
+
 orms = {"accuracy": Accuracy, "format": Format, "cosine": Cosine, "repetition": Repetition}
 BUILT_IN = dict(orms)
 
@@ -217,10 +238,13 @@ BUILT_IN = dict(orms)
 def load_plugins(paths: list[str]) -> None:
     """Run Python files that register rewards in `orms`. Files written for ms-swift load unchanged."""
     # An import finds these in sys.modules without their package, so an installed ms-swift stays as it is.
+    this = sys.modules[__name__]
     names = "rewards", "swift.plugin", "swift.plugin.orm", "swift.rewards", "swift.rewards.orm"
-    sys.modules.update(dict.fromkeys(names, sys.modules[__name__]))
-    if importlib.util.find_spec("swift") is None:
-        sys.modules["swift.utils"] = types.SimpleNamespace(get_logger=logging.getLogger)
+    sys.modules.update(dict.fromkeys(names, this))
+    if "swift" not in sys.modules and importlib.util.find_spec("swift") is None:
+        utils = types.SimpleNamespace(get_logger=logging.getLogger)
+        swift = types.SimpleNamespace(plugin=this, rewards=this, utils=utils)
+        sys.modules.update({"swift": swift, "swift.utils": utils})
     before, taken = dict(orms), dict(BUILT_IN)
     for path in map(Path, paths):
         start = {**orms, **taken}
@@ -251,7 +275,7 @@ def run_file(path):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"failed to import: {type(error).__name__}: {one_line(error)}") from error
+        raise ValueError(f"failed to import: {describe(error)}") from error
 
 
 class Rewards:
@@ -274,6 +298,7 @@ class Rewards:
             if names.count(name) > 1:
                 raise ValueError(f"--reward_funcs {name}: named twice")
         self.names, self.output_dir, self.unscored = names, output_dir, 0
+        self.runner = asyncio.Runner()  # one event loop for the run: what async rewards keep may belong to it
         self.accuracy = make("accuracy", flags) if {"accuracy", "cosine"} & set(names) else None
         flags = {**flags, "args": types.SimpleNamespace(**flags), "accuracy": self.accuracy}
         self.functions = [self.accuracy if name == "accuracy" else make(name, flags) for name in names]
@@ -298,10 +323,10 @@ class Rewards:
     def check_columns(self, columns) -> None:
         """Raise ValueError if a reward needs a column that the dataset lacks, or if one has a name of ours."""
         ours = {"completions", "prompts", "completion_ids", "step"}
-        if clash := ours.intersection(columns):
-            raise ValueError(f"--dataset: rename its column {min(clash)}; rewards get our own under this name")
+        if clash := {*ours, "prompt_ids"}.intersection(columns):
+            raise ValueError(f"--dataset: rename its column {min(clash)}; we keep our own under this name")
         for reward, function in zip(self.names, self.functions):
-            for p in list(inspect.signature(function).parameters.values())[1:]:
+            for p in list(parameters(function).values())[1:]:
                 optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
                 if not optional and p.name not in {*ours, *columns}:
                     problem = f"needs a column {p.name}; the dataset has {', '.join(sorted(columns))}"
@@ -317,7 +342,7 @@ class Rewards:
     def __call__(self, completions, *, prompts, completion_ids, step, **columns) -> list[list[float | None]]:
         """One row a completion, one column a reward. RuntimeError when a reward fails or returns other than numbers."""
         batch = {**columns, "completions": completions, "prompts": prompts, "completion_ids": completion_ids}
-        results = evaluate(self.functions, batch, step)
+        results = evaluate(self.functions, batch, step, self.runner)
         checked = [self.check(i, values, batch, step) for i, values in enumerate(results)]
         rows = [list(row) for row in zip(*checked)]
         self.unscored += sum(all(value is None for value in row) for row in rows)
@@ -329,12 +354,12 @@ class Rewards:
         if hasattr(values, "tolist"):  # a tensor or an array
             values = values.tolist()
         if isinstance(values, BaseException):
-            problem = f"raised {type(values).__name__}: {one_line(values)}"
+            problem = f"raised {describe(values)}"
             # It saw the whole batch, so the row is the first one on which it fails alone.
             alone = ({key: [column[r]] for key, column in batch.items()} for r in range(n))
-            failed = (isinstance(evaluate([self.functions[i]], one, step)[0], BaseException) for one in alone)
-            row = next((r for r, failed_alone in enumerate(failed) if failed_alone), None)
-        elif not hasattr(values, "__len__") or isinstance(values, (str, dict)):
+            again = (evaluate([self.functions[i]], one, step, self.runner)[0] for one in alone)
+            row = next((r for r, result in enumerate(again) if isinstance(result, BaseException)), None)
+        elif not isinstance(values, list | tuple):
             problem = f"returned {short(values)}, not a list of {n} values"
         elif len(values) != n:
             problem = f"returned {len(values)} values for {n} completions"
@@ -349,12 +374,14 @@ class Rewards:
             path = Path(self.output_dir, f"failed-reward-step{step}-{os.getpid()}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = {"error": message, "row": row, "step": step, **batch}
+            if isinstance(values, BaseException):
+                kept["traceback"] = "".join(traceback.format_exception(values)).splitlines()
             path.write_text(json.dumps(kept, indent=1, default=str))
             message += f" (the rows are in {path})"
         raise RewardError(message) from (values if isinstance(values, BaseException) else None)
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call."""
+        """COUNTERS since the last call."""
         counts = {"rewards/unscored": float(self.unscored)}
         self.unscored = 0
         if self.accuracy:
@@ -363,6 +390,7 @@ class Rewards:
         return counts
 
     def close(self) -> None:
+        self.runner.close()
         if self.accuracy:
             self.accuracy.judge.close()
 
@@ -382,24 +410,39 @@ def make(name, flags):
     if not isinstance(reward, type):
         return reward
     try:
-        wanted = inspect.signature(reward).parameters
-        return reward(**{flag: value for flag, value in flags.items() if flag in wanted})
+        wanted = [p.name for p in inspect.signature(reward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        made = reward(**{flag: value for flag, value in flags.items() if flag in wanted})
     except Exception as error:
         if name in BUILT_IN:
             raise
-        problem = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"--reward_funcs {name}: its constructor failed: {problem}") from error
+        raise ValueError(f"--reward_funcs {name}: its constructor failed: {describe(error)}") from error
+    if not callable(made):
+        raise ValueError(f"--reward_funcs {name}: its class has no __call__")
+    return made
 
 
-def evaluate(functions, batch, step) -> list:
-    """What each function returns for the batch, or the exception that it raises. Async ones run together."""
+def parameters(function):
+    """The parameters of a function by name; none if it is a built-in that does not tell."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return {}
+
+
+def evaluate(functions, batch, step, runner) -> list:
+    """What each function returns for the batch, or the exception that it raises. Async ones run together.
+
+    Each gets lists of its own, for a function may sort or cut them.
+    """
     results = []
     for function in functions:
-        columns = {**batch, "step": step}
-        parameters = inspect.signature(function).parameters
-        first = [] if "completions" in parameters else [columns.pop("completions")]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            columns = {name: columns[name] for name in parameters if name in columns}
+        columns = {name: list(column) for name, column in batch.items()}
+        columns |= {"completion_ids": list(map(list, batch["completion_ids"])), "step": step}
+        wanted = parameters(function)
+        by_name = "completions" in wanted and wanted["completions"].kind is not inspect.Parameter.POSITIONAL_ONLY
+        first = [] if by_name else [columns.pop("completions")]
+        if not any(p.kind is p.VAR_KEYWORD for p in wanted.values()):
+            columns = {name: columns[name] for name in wanted if name in columns}
         try:
             results.append(function(*first, **columns))
         except Exception as error:
@@ -410,14 +453,15 @@ def evaluate(functions, batch, step) -> list:
         return await asyncio.gather(*(results[i] for i in pending), return_exceptions=True)
 
     if pending:
-        for i, values in zip(pending, asyncio.run(together())):
+        for i, values in zip(pending, runner.run(together())):
             results[i] = values
     return results
 
 
 def is_reward(value):
     try:
-        return value is None or (hasattr(value, "__float__") and math.isfinite(float(value)))
+        is_number = hasattr(value, "__float__") and not isinstance(value, str | bytes)  # numpy's strings have it, too
+        return value is None or (is_number and math.isfinite(float(value)))
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 
@@ -427,13 +471,24 @@ def short(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def describe(error):
+    """The error in one line, with the file and line at fault: the last that is not Python's or a package's."""
+    steps = [(step.filename, step.lineno) for step in traceback.extract_tb(error.__traceback__)]
+    own = [f" ({file}:{line})" for file, line in steps if file != __file__ and not re.search("^<|/lib/python", file)]
+    return f"{type(error).__name__}: {one_line(error)}{own[-1] if own else ''}"
+
+
 def one_line(error):
     return " ".join(str(error).split())[:300] or "no message"
 
 
 # ── Answers, and the judge that compares them ──
 
-NUMBER = re.compile(r"([+-]?)(?:\\?\$)?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)")
+NUMBER = re.compile(r"([+-]?)(?:\\?\$)?((?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)")
+SEVERAL = re.compile(r"[+-]?\$?[0-9][0-9,.]*(?<!,)(?:[\s=…][\s=….]*[+-]?\$?[0-9][0-9,.]*(?<!,))+")
+# Emphasis, code and quotes, as in **18**; not the _ of a_{1}, nor the * of 2 * 3 * 4.
+MARKED = re.compile(r"(?<![\w)}\]*_`])(\*{1,3}|_{1,3}|`{1,3}|[\"'])(?!\s)((?:(?!\1).){1,200})(?<!\s)\1(?![\w({\[])")
+PLAIN = str.maketrans("−“”", '-""')
 WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]*)\}\$?|\$([^$]*)\$|\\\(([^$]*?)\\\)")
 COMMAND = re.compile(r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:and|or)\b")
 WORD = re.compile(r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)")  # "so" is one, "kg" and "2xy" are not
@@ -446,7 +501,8 @@ def final_answer(text: str) -> str:
     if start >= 0:
         text = text[start + len("<answer>") : end]
     last_line = text.strip().rpartition("\n")[2]
-    return (last_line.rpartition("####")[2] if "####" in last_line else text).strip()
+    text = last_line.rpartition("####")[2] if "####" in last_line else text
+    return MARKED.sub(r"\2", text.translate(PLAIN)).strip()
 
 
 def quick_verdict(answer: str, reference: str) -> str | None:
@@ -457,6 +513,8 @@ def quick_verdict(answer: str, reference: str) -> str | None:
     a, b = decimal(answer), decimal(reference)
     if answer == reference or (a is not None and a == b):
         return RIGHT
+    if a is None and SEVERAL.fullmatch(answer):  # math_verify would take the last
+        return WRONG
     # math_verify rounds to six decimals: longer ones may still be equal.
     certain = a and b and max(len(x.partition(".")[2]) for x in (a, b)) <= 6
     return WRONG if certain else None
@@ -470,11 +528,11 @@ def unwrap(answer):
 
 
 def decimal(answer):
-    """A plain number in one form, `-$1,234.50` as `-1234.5`; None for anything else."""
+    """A plain number in one form, `-$1,234.50` and `-1 234.5` as `-1234.5`; None for anything else."""
     match = NUMBER.fullmatch(answer)
     if not match or not match[2]:
         return None
-    whole, _, fraction = match[2].replace(",", "").partition(".")
+    whole, _, fraction = re.sub("[, ]", "", match[2]).partition(".")
     number = f"{whole.lstrip('0') or '0'}.{fraction.rstrip('0')}".removesuffix(".")
     return f"-{number}" if match[1] == "-" and number != "0" else number
 

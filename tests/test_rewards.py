@@ -14,6 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +205,7 @@ def test_gsm8k_answers_in_five_ways_of_writing(off, accuracy):
         pytest.skip(f"{GSM8K} is not there")
     references = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()]
     answers = [int(text.split("#### ")[1].replace(",", "")) + off for text in references]
-    sentence = "She sells the rest, so in the end she has made {} dollars."
+    sentence = "She sells the rest for $2 each, so what she has made in the end is {}."
     ways = ["<answer>{}</answer>", r"\boxed{{{}}}", "{}.00", "${}", sentence]
     assert len(references) == 1319
     for way in ways:
@@ -231,8 +232,24 @@ EQUAL = [
     ("0.333333", r"\frac{1}{3}"),
     ("<answer>5</answer>", "<answer>5</answer>"),
     ("<answer>9" + "0" * 5000 + "</answer>", "9" + "0" * 5000),
+    ("<answer>**18**</answer>", "18"),
+    ("So it is **18**.", "18"),
+    ("So it is `18`.", "18"),
+    ('<answer>"18"</answer>', "18"),
+    ("So the word is “18”.", "18"),
+    ("<answer>\u22125</answer>", "-5"),
+    ("<answer>12 000</answer>", "12,000"),
+    ("<answer>2 * 3 * 4</answer>", "24"),
+    ("<answer>17 18</answer>", "17 18"),
+    ("<answer>3 + 15 = 18</answer>", "18"),
 ]
 UNEQUAL = [
+    ("<answer>17 18</answer>", "18"),
+    ("<answer>" + " ".join(map(str, range(30))) + "</answer>", "29"),
+    ("<answer>1 2 … 18</answer>", "18"),
+    ("<answer>17=18</answer>", "18"),
+    ("\\boxed{17\n18}", "18"),
+    ("<answer>**17**</answer>", "18"),
     ("<answer>2</answer>", r"2\sqrt{3}"),
     ("<answer>4</answer>", "(3, 4)"),
     ("<answer>18</answer> no, <answer>17</answer>", "18"),
@@ -249,6 +266,11 @@ def test_equal_answers_score_one_and_others_zero(accuracy):
     for cases, expected in ((EQUAL, 1.0), (UNEQUAL, 0.0)):
         values = accuracy([completion for completion, _ in cases], [reference for _, reference in cases])
         assert [case for case, value in zip(cases, values) if value != expected] == []
+
+
+def test_emphasis_is_not_mistaken_for_mathematics():
+    for text in ("2 * 3 * 4", r"\{a\}_{1}, \{b\}_{2}", "x_1 + y_1", "2**3 + 4**2", "f'(x) = g'(x)", "6' 2\"", "*" * 99):
+        assert rewards.final_answer(text) == text
 
 
 def test_a_quick_verdict_is_the_one_that_math_verify_gives():
@@ -316,7 +338,8 @@ STRANGE = [
 ]
 
 
-def test_hanging_answers_cost_one_limit_and_leave_nothing(make):
+@pytest.mark.parametrize("strange", [[TOWER, TOWER + ".", TOWER + "!", TOWER + "?"], STRANGE[:4], STRANGE[4:]])
+def test_strange_and_hanging_answers_cost_one_limit_and_leave_nothing(strange, make):
     reward = make("accuracy", accuracy_timeout=3.0)
     run(reward, ["is it 5?"], solution=["5"])  # the judge is up
     session = reward.accuracy.judge.process.pid
@@ -324,17 +347,18 @@ def test_hanging_answers_cost_one_limit_and_leave_nothing(make):
     wanted = [str(i) if i % 2 else rf"$\frac{{{i}}}{{7}}$" for i in range(60)]
     wanted[10:20] = ["1000"] * 10
     completions, solutions = list(good), list(wanted)
-    for place, poison in zip((0, 1, 20, 63), [TOWER, TOWER + ".", TOWER + "!", TOWER + "?"]):
+    bad = [0, 1, 20, 63]
+    for place, poison in zip(bad, strange):
         completions.insert(place, poison)
         solutions.insert(place, "5")
     start = time.monotonic()
     values = [row[0] for row in run(reward, completions, solution=solutions)]
     assert time.monotonic() - start < 4.0
-    bad = [i for i, completion in enumerate(completions) if "5^5" in completion]
-    assert len(values) == 64 and len(bad) == 4
+    assert len(values) == 64
     expected = iter([0.0 if 10 <= i < 20 else 1.0 for i in range(60)])
     assert values == [0.0 if i in bad else next(expected) for i in range(64)]
-    assert reward.metrics()["rewards/accuracy/timeouts"] == 4
+    if TOWER in strange:
+        assert reward.metrics()["rewards/accuracy/timeouts"] == 4
     assert len(processes(session)) == 1  # the judge; its workers have ended
     reward.close()
     reward.close()
@@ -508,7 +532,6 @@ def plugin(tmp_path, code, name="plugin.py"):
 def test_the_guides_plugin_loads_and_scores():
     load_plugins([str(ROOT / "examples/train/grpo/plugin/plugin.py")])
     assert run(Rewards(["dummy"]), ["a" * 1024, "a" * 1025]) == [[0.0], [1.0]]
-    assert "swift" not in sys.modules
 
 
 def test_plugins_of_every_kind(tmp_path):
@@ -546,7 +569,12 @@ def test_plugins_of_every_kind(tmp_path):
                 class Async(ORM):
                     async def __call__(self, completions, **kwargs): return [None] * len(completions)
 
+                class Star:
+                    def __init__(self, *args): assert not args
+                    def __call__(self, completions, /, level): return level
+
                 orms["named"], orms["instance"], orms["async"] = Named, Named(3), Async
+                orms["star"], orms["builtin"] = Star, max
                 orms["plain"] = lambda texts: [len(text) for text in texts]
                 orms["trl"] = lambda prompts, completions, level: [l * len(c) for l, c in zip(level, completions)]
                 """,
@@ -554,8 +582,23 @@ def test_plugins_of_every_kind(tmp_path):
             ),
         ]
     )
-    reward = Rewards(["old", "named", "instance", "async", "plain", "trl"], bonus=1)
-    assert run(reward, ["abc"], solution=["5"], level=[2]) == [[1.25, 2.0, 6.0, None, 3.0, 6.0]]
+    reward = Rewards(["old", "named", "instance", "async", "plain", "trl", "star"], bonus=1)
+    assert run(reward, ["abc"], solution=["5"], level=[2]) == [[1.25, 2.0, 6.0, None, 3.0, 6.0, 2.0]]
+    with pytest.raises(RuntimeError, match="reward builtin, step 3, rows 0 to 0: returned 'abc', not a list"):
+        run(Rewards(["builtin"]), ["abc"])
+    Rewards(["builtin"]).check_columns([])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import swift.plugin", "from swift import plugin", "import swift.plugin as plugin", "from swift import utils"],
+)
+def test_a_plugin_imports_swift_in_any_way(tmp_path, line):
+    orms_of = {"import swift.plugin": "swift.plugin", "from swift import utils": "__import__('rewards')"}
+    code = f"{line}\n{orms_of.get(line, 'plugin')}.orms['mine'] = lambda completions: [0.0]"
+    load_plugins([plugin(tmp_path, code)])
+    load_plugins([plugin(tmp_path, code)])
+    assert "mine" in orms
 
 
 def test_train_py_run_as_main_shares_its_registry_with_plugins(tmp_path):
@@ -586,6 +629,31 @@ def test_async_rewards_run_together():
     assert time.monotonic() - start < 0.6
 
 
+def test_what_an_async_reward_keeps_lives_for_the_run(make):
+    import asyncio
+
+    queue = asyncio.Queue()
+
+    async def put(completions, **kwargs):
+        asyncio.get_running_loop().call_later(0.01, queue.put_nowait, 0.5)
+        return [await queue.get()]
+
+    orms["put"] = put
+    reward = make("put")
+    assert [run(reward, ["x"], step=step) for step in (1, 2)] == [[[0.5]]] * 2
+
+
+def test_a_reward_that_changes_its_lists_changes_no_others():
+    def spoil(completions, completion_ids, solution, **kwargs):
+        completions.reverse(), solution.clear(), completion_ids[0].append(9), kwargs["prompts"].pop()
+        return [0.0, 1.0]
+
+    orms["spoil"], orms["echo"] = spoil, lambda completions, solution, **kwargs: list(map(len, solution))
+    ids = [[1], [2]]
+    assert run(Rewards(["spoil", "echo"]), ["a", "b"], ids, solution=["x", "yy"]) == [[0.0, 1.0], [1.0, 2.0]]
+    assert ids == [[1], [2]]
+
+
 def test_every_column_reaches_every_reward():
     seen = {}
 
@@ -609,7 +677,6 @@ def test_the_sum_leaves_none_out():
 
 
 def test_numbers_of_any_library_are_rewards():
-    import numpy
     import torch
 
     orms["array"] = lambda completions: numpy.array([1, 2])
@@ -635,6 +702,9 @@ def test_numbers_of_any_library_are_rewards():
         (1.0, "rows 0 to 1: returned 1.0, not a list of 2 values"),
         (None, "rows 0 to 1: returned None, not a list of 2 values"),
         ("ab", "rows 0 to 1: returned 'ab', not a list of 2 values"),
+        (b"ab", "rows 0 to 1: returned b'ab', not a list of 2 values"),
+        ({1.0, 2.0}, "rows 0 to 1: returned {1.0, 2.0}, not a list of 2 values"),
+        ([0.0, numpy.str_("1.0")], "row 1: returned np.str_('1.0'), not a finite number or None"),
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True])
@@ -667,7 +737,10 @@ def test_a_reward_that_raises_is_named_and_its_rows_are_kept(tmp_path):
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         (path,) = output.iterdir()
         assert str(path) in str(caught.value)
+        line = picky.__code__.co_firstlineno + 1
+        assert f"zero ({__file__}:{line})" in str(caught.value)
         kept = json.loads(path.read_text())
+        assert kept["traceback"][-1].startswith("ZeroDivisionError") and f"line {line}, in" in str(kept["traceback"])
         assert kept["completions"][2] == "\ud800c" and kept["solution"] == list("1234") and kept["row"] == 2
 
 
@@ -724,6 +797,7 @@ def test_a_bad_flag_is_one_line(arguments, message):
     [
         ("import no_such_module", "failed to import: ModuleNotFoundError: No module named 'no_such_module'"),
         ("def f(:", "failed to import: SyntaxError: "),
+        ("from math import pi\nint('x' * 3)", "failed to import: ValueError: invalid literal"),
         ("import sys; sys.exit(4)", "failed to import: SystemExit: 4"),
         ("x = 1", "registers no reward; it needs a line orms['name'] = YourReward"),
         (
@@ -740,6 +814,8 @@ def test_a_bad_plugin_is_one_line_and_leaves_no_trace(tmp_path, code, message):
     assert str(caught.value).startswith(f"--external_plugins {path}: {message}")
     assert "\n" not in str(caught.value)
     assert orms == before
+    if "ValueError" in message:
+        assert f"({path}:2)" in str(caught.value)
 
 
 def test_a_missing_plugin_and_two_that_clash(tmp_path):
@@ -763,6 +839,12 @@ def test_a_constructor_that_fails_is_one_line():
         Rewards(["broken"])
 
 
+def test_a_class_without_call_is_one_line():
+    orms["mute"] = type("Mute", (), {})
+    with pytest.raises(ValueError, match="^--reward_funcs mute: its class has no __call__$"):
+        Rewards(["mute"])
+
+
 def test_columns_are_checked_before_the_run():
     orms["level"] = lambda completions, level, bonus=1, **kwargs: level
     reward = Rewards(["accuracy", "format", "cosine", "repetition", "level"])
@@ -773,6 +855,8 @@ def test_columns_are_checked_before_the_run():
         reward.check_columns(["solution"])
     with pytest.raises(ValueError, match="^--dataset: rename its column step; "):
         reward.check_columns(["solution", "level", "step"])
+    with pytest.raises(ValueError, match="^--dataset: rename its column prompt_ids; "):
+        reward.check_columns(["solution", "level", "prompt_ids"])
 
 
 # ── The reward model ──
@@ -850,9 +934,13 @@ def test_a_reward_model_alone_and_one_named_like_a_reward(model_dir, make):
 
 
 def test_a_bad_reward_model_is_one_line(model_dir, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
     cases = [
         (model_dir("three", outputs=3), "has 3 outputs; a model with one is needed"),
         (model_dir("mute", template=None), "its tokenizer has no chat template"),
+        (model_dir("headless", architecture="LlamaForCausalLM"), "its weights lack score.weight"),
         (str(tmp_path), "cannot be read: "),
         (str(tmp_path / "nowhere"), "cannot be read: "),
     ]
@@ -861,6 +949,8 @@ def test_a_bad_reward_model_is_one_line(model_dir, tmp_path):
             Rewards([], reward_model=path)
         assert str(caught.value).startswith(f"--reward_model {path}: {message}")
         assert "\n" not in str(caught.value)
-    headless = model_dir("headless", architecture="LlamaForCausalLM")
+    pickled = Path(model_dir("pickled", architecture="LlamaForCausalLM"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="its weights lack score.weight"):
-        Rewards([], reward_model=headless).start()
+        Rewards([], reward_model=str(pickled)).start()
