@@ -42,7 +42,7 @@ def load_rows(
     for name in names:
         try:
             rows += _load_one(name, flag, seed, num_proc, system)
-        except (OSError, ValueError, csv.Error) as error:
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{flag} {name}: {_one_line(error)}") from error
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column) for column in columns} for row in rows]
@@ -104,18 +104,22 @@ def _conversation(value: str | list[dict], column: str) -> tuple[list[dict], str
     return turns[:end], turns[-1]["content"] if turns[-1]["role"] == "assistant" else None
 
 
-def _reference(row: dict) -> str | None:
+def _reference(row: dict) -> str | list | dict | None:
     for column in ("solution", "answer"):
         value = row.get(column)
         if isinstance(value, list | dict):
-            raise ValueError(f"{column} is a {type(value).__name__}; text or a number works")
+            return value  # for rewards of one's own; accuracy cannot read it
         if value is not None and str(value).strip():
             return str(value)
     return None
 
 
 def check_solutions(rows: list[dict]) -> int:
-    """How many rows have no reference answer for accuracy to compare with; an error when none has."""
+    """How many rows have no reference answer for accuracy to compare with; an error when none has, or one is no text."""
+    for row in rows:
+        if isinstance(row["solution"], list | dict):
+            kind = type(row["solution"]).__name__
+            raise ValueError(f"--reward_funcs accuracy: a row's reference is a {kind}; text or a number works")
     missing = sum(row["solution"] is None for row in rows)
     if missing == len(rows):
         raise ValueError("--reward_funcs accuracy: no row has a reference; a column solution or answer works")
@@ -174,17 +178,23 @@ def _read_json(path: Path) -> list[dict]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from error
+                where = f"line {number + error.lineno - 1} is not JSON"
+                raise ValueError(f"{where} ({error.msg}); {JSON_WORKS}") from error
             rows += value if is_list else [value]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is not an object; an object a line, or one list of them, works")
+            raise ValueError(f"row {number} is not an object; {JSON_WORKS}")
     return rows
 
 
 def _read_csv(path: Path) -> list[dict]:
+    csv.field_size_limit(2**31 - 1)  # from 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, strict=True))
+        reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames or []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the header names {twice[0]} twice")
+        rows = list(reader)
     for number, row in enumerate(rows, 1):
         if None in row:  # where DictReader puts what the header has no name for
             raise ValueError(f"row {number} has more fields than the header")
@@ -225,6 +235,7 @@ def _one_line(error: Exception) -> str:
 
 
 BUILTINS = {"arithmetic": arithmetic, "arithmetic-test": functools.partial(arithmetic, test=True)}
+JSON_WORKS = "an object a line, or one list of them, works"
 READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 WORKS = f"{', '.join(BUILTINS)}, a {_either(READERS)} file, or a hub id such as AI-MO/NuminaMath-TIR works"
 

@@ -362,11 +362,13 @@ BAD_FILES = [
     ("a.jsonl", GOOD * 8, "#", "# is not a number of rows"),
     ("a.jsonl", GOOD * 8, "#9", "#9 is more rows than there are; #1 to #8 work"),
     ("a.jsonl", '{"text": "a", "label": 1}\n', "", "no question in text, label; a column messages, prompt"),
-    ("a.jsonl", GOOD + '\n{"question": "b"\n', "", "line 3 is not JSON: Expecting ',' delimiter"),
+    ("a.jsonl", GOOD + '\n{"question": "b"\n', "", "line 3 is not JSON (Expecting ',' delimiter)"),
     ("a.jsonl", GOOD + "[1, 2]\n", "", "row 2 is not an object"),
     ("a.json", '[{"question": "a"},\n{"question" 2}]', "", "line 2 is not JSON"),
     ("a.json", "[1]", "", "row 1 is not an object"),
-    ("a.json", '{\n"data": []}', "", "line 1 is not JSON"),
+    ("a.json", '{\n"data": []}', "", "line 1 is not JSON (expecting property name enclosed in double quotes); an object"),
+    ("a.json", "[" * 100_000, "", "maximum recursion depth exceeded"),
+    ("a.csv", "question,answer,answer\na,1,2\n", "", "the header names answer twice"),
     ("a.csv", "question,answer\na,1\nb,2,3\n", "", "row 2 has more fields than the header"),
     ("a.csv", 'question,answer\n"a,1\n', "", "unexpected end of data"),
     ("a.parquet", "not parquet", "", "could not open parquet input"),
@@ -381,7 +383,6 @@ BAD_FILES = [
     ("a.jsonl", '{"messages": [{"role": "user", "content": ["b"]}]}\n', "", "row 1: messages is not a list"),
     ("a.jsonl", '{"messages": [{"role": "assistant", "content": "b"}]}\n', "", "row 1: messages asks"),
     ("a.jsonl", '{"question": "a \\ud800 b"}\n', "", "row 1: 'utf-8' codec can't encode"),
-    ("a.jsonl", '{"question": "a", "answer": ["1"]}\n', "", "row 1: answer is a list; text or a number"),
 ]  # fmt: skip
 
 
@@ -425,6 +426,17 @@ def test_accuracy_needs_a_reference_somewhere(write):
     assert data.check_solutions(data.load_rows(["arithmetic"])) == 0
     none = data.load_rows([write([{"question": "a"}])])
     assert error_of(data.check_solutions, none).startswith("--reward_funcs accuracy: no row has a reference")
+
+
+def test_a_reference_that_is_no_text_is_for_rewards_of_ones_own(write):
+    rows = data.load_rows([write([{"question": "a", "answer": "1"}, {"question": "b", "answer": ["1", "2"]}])])
+    assert [row["solution"] for row in rows] == ["1", ["1", "2"]]
+    assert "accuracy: a row's reference is a list; text or a number works" in error_of(data.check_solutions, rows)
+
+
+def test_a_csv_field_may_be_long(write):
+    text = "x" * 200_000
+    assert data.load_rows([write(f"question,answer\n{text},1\n", "a.csv")])[0]["question"] == text
 
 
 # Tokens --------------------------------------------------------------------------------------------
