@@ -40,7 +40,7 @@ import data
 import dist
 import grpo
 import lora
-from rewards import RewardError, Rewards, load_plugins, total
+from rewards import COUNTERS, RewardError, Rewards, load_plugins, total
 from sampler import ModelSampler
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and --dataset_num_proc's forks do not mix
@@ -151,7 +151,8 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     "time/step": now - started,
                 },
             )
-            sample.metrics.update({"time/generate": 0.0, "time/reward": 0.0})  # spent once a batch
+            once = {"time/generate", "time/reward", *COUNTERS} & sample.metrics.keys()  # told once a batch
+            sample.metrics.update(dict.fromkeys(once, 0.0))
             started = now
 
         if val_rows and crossed(args.eval_steps, step, args.num_iterations):
@@ -178,8 +179,8 @@ def prepare(args: argparse.Namespace, world: dist.World):
     train_rows, val_rows = data.load_rows(args.dataset, **load), []
     if args.val_dataset:
         val_rows = data.load_rows(args.val_dataset, flag="--val_dataset", **load)
-    elif args.eval_steps:
-        train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
+        if not (args.eval_steps or args.eval_on_start):
+            say(world, "--val_dataset: never evaluated on without --eval_steps or --eval_on_start true")
 
     config = model_config(args)
     try:
@@ -193,7 +194,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
         if {"accuracy", "cosine"} & set(rewards.names):
             missing = data.check_solutions(rows)
             if missing:
-                say(world, f"{flag}: {missing} of {len(rows)} rows have no reference answer; accuracy gives them 0.0")
+                say(world, f"{flag}: {missing} of {len(rows)} rows have no reference; accuracy and cosine skip them")
         rows[:], dropped = data.encode(rows, tokenizer, args.max_length, args.dataset_num_proc)
         if dropped:
             say(world, f"{flag}: dropped {dropped} prompts of more than {args.max_length} tokens, {len(rows)} are left")
@@ -203,6 +204,8 @@ def prepare(args: argparse.Namespace, world: dist.World):
                 f"--max_completion_length {args.max_completion_length}: with a prompt of {longest} tokens that is more "
                 f"than the model's {context}; a shorter one, or --max_length {context - args.max_completion_length}, works"
             )
+    if args.eval_steps and not args.val_dataset:  # only now, so that --max_length leaves neither side empty
+        train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
         say(world, note)
     if world.is_main:
@@ -375,7 +378,7 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
     if num_generations > 1:
         advantages, stds = grpo.group_advantages(torch.tensor(all_rewards), num_generations)
         group_metrics = {"reward_std": stds.mean().item(), "zero_std_groups": (stds == 0).float().mean().item()}
-    by_function = zip(rewards.names, zip(*all_scores))
+    by_function = zip(rewards.names, ([s for s in scores if s is not None] for scores in zip(*all_scores)))
     sums = {
         "completion_length": sum(map(len, completion_ids)),
         "clipped_completions": sum(not completion.finished for completion in completions),
@@ -385,7 +388,7 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
     metrics = {
         "reward": sum(all_rewards) / len(all_rewards),
         **group_metrics,
-        **{f"rewards/{name}": mean_of([v for v in values if v is not None]) for name, values in by_function},
+        **{f"rewards/{name}": sum(values) / len(values) for name, values in by_function if values},
         "completion_length": means["completion_length"],
         "clipped_completions": means["clipped_completions"],
         **world.sum(rewards.metrics()),
@@ -431,15 +434,14 @@ def completion_seed(seed: int, stream: int, index: int) -> int:
     return int(numpy.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
 
 
-def mean_of(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """The mean of each metric over parts of different sizes."""
-    names = dict.fromkeys(name for _, metrics in parts for name in metrics)
-    size = sum(count for count, _ in parts)
-    return {name: sum(count * metrics.get(name, 0.0) for count, metrics in parts) / size for name in names}
+    """The mean of each metric over the parts that have it, by their sizes; the sum of each counter."""
+    together = {}
+    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
+        sizes, values = zip(*((size, metrics[name]) for size, metrics in parts if name in metrics))
+        mean = sum(size * value for size, value in zip(sizes, values)) / sum(sizes)
+        together[name] = sum(values) if name in COUNTERS else mean
+    return together
 
 
 # What a run leaves behind ------------------------------------------------------------------------------------
@@ -448,7 +450,8 @@ def weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]
 class Log:
     """metrics.jsonl, completions.jsonl, TensorBoard, W&B and the progress bar; only rank 0's says anything.
 
-    A logged step tells the means since the one before; `unlogged` holds those steps until then, and checkpoints keep it.
+    A logged step tells the means (of counters the sums) since the one before; `unlogged` holds those steps until then,
+    and checkpoints keep it.
     """
 
     def __init__(self, args, world, max_steps: int, step: int, unlogged: list[dict]):
@@ -669,13 +672,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--gradient_checkpointing", type=boolean, default=False, help="recompute activations: less memory, more time")
 
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", nargs="+", required=True, help="hub ids, files or built-in names; #N behind one samples N rows")
+    group("--dataset", nargs="+", required=True, help="hub ids (id:subset), files or built-in names; #N draws N rows")
     group("--val_dataset", nargs="+", default=[], help="the same, to evaluate on")
     group("--split_dataset_ratio", type=share, default=0.01, help="share to evaluate on without a val_dataset")
     group("--system", help="system prompt, or the text file that holds it")
     group("--max_length", type=whole, help="longest prompt in tokens; longer rows are dropped")
     group("--dataset_num_proc", type=whole, default=1, help="processes that tokenize")
-    group("--dataloader_num_workers", type=number(int, 0), default=0, help="accepted; prompts are in memory")
+    group("--dataloader_num_workers", type=number(int, 0), default=0, help="no effect: prompts are in memory")
 
     group = parser.add_argument_group("rewards").add_argument
     group("--reward_funcs", nargs="+", default=[], help="accuracy, format, cosine, repetition, or registered names")

@@ -1,8 +1,10 @@
 """train.py as its users run it: real processes, a tiny model, the real tokenizer."""
 
 import json
+import math
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -285,22 +287,103 @@ def reward_model(model_folder, tmp_path_factory):
 
 GUIDE_PLUGIN = ROOT / "examples" / "train" / "grpo" / "plugin" / "plugin.py"
 EVERY_REWARD = ["accuracy", "format", "cosine", "repetition", "dummy"]
+SCRIPT = ["<think>a b</think><answer>18</answer>", "It is 17.", "no no no no no 18", "=" * 1100]
 
 
-@pytest.mark.parametrize("name", [*EVERY_REWARD, "scorer", "all"])
-def test_each_reward_alone_and_all_with_weights(name, numina, model_folder, reward_model, tmp_path):
+@pytest.fixture(scope="session")
+def script(model_folder, tmp_path_factory):
+    """A plugin that puts SCRIPT into the model's mouth, for random text earns nothing; its own reward never applies."""
+    file = tmp_path_factory.mktemp("plugin") / "script.py"
+    file.write_text(
+        "import __main__\n"
+        "from rewards import orms\n"
+        "from transformers import AutoTokenizer\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(model_folder)!r})\n"
+        "generate = __main__.ModelSampler.generate\n"
+        "def scripted(*args):\n"
+        "    completions = generate(*args)\n"
+        "    for i, completion in enumerate(completions):\n"
+        f"        completion.ids = tokenizer.encode({SCRIPT}[i % 4])\n"
+        "        completion.logps = [0.0] * len(completion.ids)\n"
+        "    return completions\n"
+        "__main__.ModelSampler.generate = scripted\n"
+        "orms['never'] = lambda completions: [None] * len(completions)\n"
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def eighteens(tmp_path_factory):
+    """Rows of NuminaMath-TIR's layout that all have the answer 18."""
+    file = tmp_path_factory.mktemp("data") / "eighteens.jsonl"
+    turns = [[{"role": "user", "content": f"What is {i} + {18 - i}?"}] for i in range(12)]
+    rows = [{"problem": t[0]["content"], "solution": "It is $\\boxed{18}$.", "messages": t} for t in turns]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name, processes", [*((name, 1) for name in [*EVERY_REWARD, "scorer", "all"]), ("all", 2)])
+def test_each_reward_alone_and_all_with_weights(
+    name, processes, eighteens, model_folder, tokenizer, reward_model, script, tmp_path
+):
     functions = EVERY_REWARD if name == "all" else [n for n in EVERY_REWARD if n == name]
     names = functions + ["scorer"] * (name in ("scorer", "all"))
     weights = [0.5, 2, -1, 3, 0.25, 1.5][: len(names)]
-    changes = {"dataset": numina, "reward_weights": weights, "max_steps": 2, "log_completions": "true"}
+    changes = {"dataset": eighteens, "reward_weights": weights, "max_steps": 2, "log_completions": "true"}
     changes |= {"reward_funcs": functions} | ({"reward_model": reward_model} if "scorer" in names else {})
-    run_train(*flags_for(model_folder, GUIDE_PLUGIN, tmp_path, **changes))
+    changes |= {"max_completion_length": 32, "external_plugins": [script, GUIDE_PLUGIN]}
+    flags = flags_for(model_folder, script, tmp_path, **changes)
+    run_train(*(flag for flag in flags if functions or flag != "--reward_funcs"), processes=processes)
+
+    half = [(1 + math.cos(math.pi * min(1, len(tokenizer.encode(text)) / 32))) / 2 for text in SCRIPT]
+    cosine = [0.5 + 0.5 * half[0], -0.5 + 0.5 * half[1], 0.5 + 0.5 * half[2], -0.5 + 0.5 * half[3]]
+    expected = {"accuracy": 0.5, "format": 0.25, "cosine": sum(cosine) / 4, "repetition": -0.5 / 4, "dummy": 0.25}
     for line in read_metrics(tmp_path):
         assert line["rewards/unscored"] == 0
         values = [line[f"rewards/{n}"] for n in names]
+        assert all(values)
+        assert values[: len(functions)] == pytest.approx([expected[n] for n in functions])
         assert line["reward"] == pytest.approx(sum(w * v for w, v in zip(weights, values)), abs=1e-6)
     for record in map(json.loads, (tmp_path / "completions.jsonl").read_text().splitlines()):
         assert list(record["rewards"]) == names
+
+
+def test_a_reward_that_never_applies_has_no_mean_and_is_counted_once(model_folder, script, tmp_path):
+    changes = {"reward_funcs": "never", "num_iterations": 2, "max_steps": 4, "logging_steps": 2, "eval_steps": 4}
+    changes |= {"dataset": "arithmetic#32", "val_dataset": "arithmetic-test#6", "per_device_eval_batch_size": 8}
+    run_train(*flags_for(model_folder, script, tmp_path, **changes | {"max_completion_length": 32}))
+    lines, (evaluation,) = read_metrics(tmp_path), read_metrics(tmp_path, evaluations=True)
+    assert [line["rewards/unscored"] for line in lines] == [16, 16]
+    assert evaluation["eval/rewards/unscored"] == 6 * 4
+    assert not {"rewards/never", "eval/rewards/never"} & {*lines[0], *evaluation}
+
+
+def test_metrics_are_meant_over_the_parts_that_have_them():
+    parts = [(3, {"a": 1.0, "rewards/unscored": 2.0}), (1, {"a": 5.0, "b": 7.0, "rewards/unscored": 1.0})]
+    assert train.weighted_mean(parts) == {"a": 2.0, "b": 7.0, "rewards/unscored": 3.0}
+
+
+def test_rows_too_long_are_dropped_before_the_split(model_folder, plugin, tmp_path, capsys):
+    rows = [{"question": "word " * 200 + str(i)} for i in range(8)] + [
+        {"question": "a"},
+        {"question": "b", "answer": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"dataset": tmp_path / "rows.jsonl", "max_length": 100, "eval_steps": 1, "reward_funcs": "accuracy"}
+    args = train.parse_args(flags_for(model_folder, plugin, tmp_path / "out", **changes))
+    _, train_rows, val_rows, rewards = train.prepare(args, train.dist.find_world())
+    rewards.close()
+    assert sorted(row["question"] for row in train_rows + val_rows) == ["a", "b"] and len(val_rows) == 1
+    said = capsys.readouterr().out
+    assert "--dataset: 9 of 10 rows have no reference; accuracy and cosine skip them" in said
+    assert "--dataset: dropped 8 prompts of more than 100 tokens, 2 are left" in said
+
+
+def test_a_validation_set_that_is_never_used_is_told(model_folder, plugin, tmp_path, capsys):
+    for eval_flag, told in (([], True), (["--eval_steps", "2"], False), (["--eval_on_start", "true"], False)):
+        flags = flags_for(model_folder, plugin, tmp_path, val_dataset="arithmetic-test#8", per_device_eval_batch_size=4)
+        train.prepare(train.parse_args([*flags, *eval_flag]), train.dist.find_world())
+        assert ("--val_dataset: never evaluated on" in capsys.readouterr().out) == told
 
 
 # Bad input ------------------------------------------------------------------------------------------------------
@@ -343,6 +426,26 @@ BAD_INPUT = {
     "too long": (["--max_completion_length", "9000"], r"--max_completion_length 9000: .*512"),
     "max_length": (["--max_length", "3"], r"--max_length 3: every prompt is longer"),
     "zero3": (["--deepspeed", "zero3"], r"--deepspeed zero3: "),
+    "plugin fails": (
+        ["--external_plugins", "{tmp}/fails.py"],
+        r"--external_plugins .*: failed to import: .*fails.py:2",
+    ),
+    "plugin registers nothing": (
+        ["--external_plugins", "{tmp}/idle.py"],
+        r"--external_plugins .*: registers no reward",
+    ),
+    "plugin overwrites": (["--external_plugins", "{tmp}/thief.py"], r"--external_plugins .*: overwrites .* format"),
+    "no __call__": (
+        ["--reward_funcs", "cls", "--external_plugins", "{tmp}/mute.py"],
+        r"--reward_funcs cls: .*__call__",
+    ),
+    "several outputs": (["--reward_model", "{model}"], r"--reward_model .*: has 2 outputs; a model with one is needed"),
+    "no head": (["--reward_model", "{tmp}/headless"], r"--reward_model .*: its weights lack score.weight"),
+    "no rows": (["--dataset", "arithmetic#0"], r"--dataset arithmetic#0: #0 is not a number of rows"),
+    "fewer rows": (["--dataset", "arithmetic#-3"], r"--dataset arithmetic#-3: #-3 is not a number of rows"),
+    "too many rows": (["--dataset", "arithmetic#9999"], r"--dataset arithmetic#9999: .*more rows than there are"),
+    "mixed layouts": (["--dataset", "{tmp}/mixed.jsonl"], r"--dataset .*: row 1: no query, which other rows have"),
+    "a column of ours": (["--dataset", "{tmp}/ids.jsonl"], r"--dataset: rename its column prompt_ids"),
 }
 
 
@@ -353,9 +456,19 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "columns.jsonl").write_text('{"text": "a", "label": 1}\n')
     (tmp_path / "ask.jsonl").write_text('{"question": "Why?"}\n')
+    (tmp_path / "mixed.jsonl").write_text('{"question": "Why?"}\n{"query": "Who?"}\n')
+    (tmp_path / "ids.jsonl").write_text('{"question": "Why?", "prompt_ids": [1]}\n')
+    (tmp_path / "fails.py").write_text("import math\nmath.nothing\n")
+    (tmp_path / "idle.py").write_text("x = 1\n")
+    (tmp_path / "thief.py").write_text("from rewards import orms\norms['format'] = len\n")
+    (tmp_path / "mute.py").write_text("from rewards import orms\nclass A: pass\norms['cls'] = A\n")
+    if case == "no head":
+        shutil.copytree(model_folder, tmp_path / "headless")
+        config = json.loads((model_folder / "config.json").read_text())
+        (tmp_path / "headless/config.json").write_text(json.dumps(config | {"num_labels": 1, "id2label": {"0": "a"}}))
     monkeypatch.chdir(ROOT)
     flags, message = BAD_INPUT[case]
-    words = [word.replace("{tmp}", str(tmp_path)) for word in flags]
+    words = [word.replace("{tmp}", str(tmp_path)).replace("{model}", str(model_folder)) for word in flags]
     with pytest.raises(SystemExit) as stop:
         train.main([*flags_for(model_folder, plugin, tmp_path / "out"), *words])
     captured = capsys.readouterr()
