@@ -534,6 +534,12 @@ def test_the_guides_plugin_loads_and_scores():
     assert run(Rewards(["dummy"]), ["a" * 1024, "a" * 1025]) == [[0.0], [1.0]]
 
 
+def test_the_readmes_plugin_loads_and_scores(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    load_plugins([plugin(tmp_path, code)])
+    assert run(Rewards(["brief"]), ["a" * 100, "b"], solution=["1", None]) == [[-0.1], [None]]
+
+
 def test_plugins_of_every_kind(tmp_path):
     (tmp_path / "helper_of_plugin.py").write_text("VALUE = 0.25")
     load_plugins(
