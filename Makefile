@@ -24,7 +24,7 @@ bench: install         ## measure side by side
 	$(PY) bench/rewards.py
 
 clean:                 ## the environment, the model on disk, the demo's output
-	rm -rf .venv models/*/ output
+	rm -rf .venv models/SmolLM2-135M-Instruct output/demo
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -296,6 +296,15 @@ def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+@torch.no_grad()
+def head_is_plain(model: torch.nn.Module) -> bool:
+    """Whether `logits_from_hidden_states` gives this model's own logits, tried on one token."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    hidden = model.get_decoder()(input_ids=token, use_cache=False).last_hidden_state
+    ours, own = logits_from_hidden_states(model, hidden).float(), model(input_ids=token).logits.float()
+    return bool((ours - own).abs().max() <= 0.02 * own.abs().max())
+
+
 def use_grouped_attention(model: torch.nn.Module) -> None:
     """Have a model that attends through PyTorch's SDPA do so through `grouped_attention`; others stay as they are."""
     if model.config._attn_implementation == "sdpa":

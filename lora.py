@@ -58,6 +58,8 @@ def find_targets(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
     head = model.get_output_embeddings()
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     if list(target_modules) == ["all-linear"]:
+        if not linears:
+            raise ValueError("--target_modules all-linear: the model has no linear layer; --train_type full works")
         return linears
 
     def fits(name: str, target: str) -> bool:

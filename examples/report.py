@@ -27,7 +27,8 @@ def main(folder: Path) -> None:
     records = read(folder / "completions.jsonl")
     last = [record for record in records if record["step"] == records[-1]["step"]] if records else []
     for record in last[:: max(1, len(last) // 5)][:5]:
-        question = record["prompt"].rstrip().splitlines()[-2].removeprefix("user").removesuffix("<|im_end|>").strip()
+        turns = record["prompt"].rstrip().splitlines()  # the last line only opens the answer
+        question = turns[-2 if len(turns) > 1 else -1].removeprefix("user").removesuffix("<|im_end|>").strip()
         rewards = ", ".join(f"{name} {value:g}" for name, value in record["rewards"].items() if value is not None)
         print(f"\n  {question}\n  {record['completion'].strip()}\n  ({rewards}; advantage {record['advantage']:+.2f})")
     print()
@@ -44,7 +45,7 @@ def main(folder: Path) -> None:
             print(f"{label} on held-out questions: {held_out[0][1]:.1%} before, {held_out[-1][1]:.1%} after")
     minutes = sum(step["time/step"] for step in steps) / 60
     print(f"{steps[-1]['step']} steps in {minutes:.1f} minutes, {steps[-1]['num_tokens']:,} tokens")
-    axes.set(xlabel="optimizer step", ylabel="mean reward", ylim=(-0.02, 1.02))
+    axes.set(xlabel="optimizer step", ylabel="mean reward")
     axes.set_title("bold: held-out questions; thin: each step's batch", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

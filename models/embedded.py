@@ -36,12 +36,14 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     missing = model.load_state_dict(tensors, strict=False).missing_keys
     assert missing == ["lm_head.weight"], missing  # tied to the embeddings
-    tokenizer.save_pretrained(FOLDER)
-    model.save_pretrained(FOLDER)
-    config_file = FOLDER / "config.json"
+    unfinished = FOLDER.with_suffix(".unfinished")  # a folder that is there is whole
+    tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
+    config_file = unfinished / "config.json"
     values = json.loads(config_file.read_text()) | {"_name_or_path": "SmolLM2-135M-Instruct"}
     values.pop("_model_name_or_path", None)
     config_file.write_text(json.dumps(values, indent=2) + "\n")
+    unfinished.rename(FOLDER)
     print(f"wrote {FOLDER}")
 
 
