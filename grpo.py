@@ -180,7 +180,9 @@ def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[T
     cache = DynamicCache()  # without the configuration: sliding windows keep their history, the mask hides it
     if shared:
         decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
-    beginnings = [(layer.keys, layer.values) for layer in cache.layers] or [None] * config.num_hidden_layers
+    beginnings = [(layer.keys, layer.values) for layer in cache.layers] or [
+        None
+    ] * config.get_text_config().num_hidden_layers
     cache = Cache(layers=[Layer(beginning) for beginning in beginnings])
     rest, rest_mask = pad([prompt[len(shared) :] for prompt in prompts], "left", device)
     mask = torch.cat([rest_mask.new_ones(len(prompts), len(shared)), rest_mask], dim=1)
@@ -289,7 +291,7 @@ class HeadLogps(torch.autograd.Function):
 def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
     """The output head with what some architectures do after it: Cohere and Granite scale, Gemma 2 caps."""
     logits = model.get_output_embeddings()(hidden)
-    config = model.config
+    config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     logits = logits if scale == 1.0 else logits * scale
     cap = getattr(config, "final_logit_softcapping", None)

@@ -62,7 +62,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     completions_per_step = world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     prompts_per_batch = completions_per_step // args.num_generations
     steps_per_epoch = args.num_iterations * len(train_rows) / prompts_per_batch
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
     model, reference = load_policy(args, world)
     sampler = make_sampler(args, model, tokenizer)
@@ -92,7 +92,8 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     if val_rows and args.eval_on_start and step == 0:
         evaluate()
 
-    for batch in range(math.ceil(step / args.num_iterations), math.ceil(max_steps / args.num_iterations)):
+    batch = math.ceil(step / args.num_iterations)
+    while step < max_steps:
         started = time.perf_counter()
         order = data.step_rows(batch, prompts_per_batch, len(train_rows), args.seed)
         sample = rollout([train_rows[i] for i in order], args.num_generations, batch, step + 1)
@@ -105,7 +106,9 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
 
         for _ in range(min(args.num_iterations, max_steps - step)):
             training = time.perf_counter()
-            sums = dict.fromkeys(["loss", "clip_ratio", "entropy"] + ["kl"] * (reference is not None), 0.0)
+            torch.manual_seed(completion_seed(args.seed, DROPOUT + step, world.rank))
+            names = ["loss", "clip_ratio"] + ["entropy"] * (sample.num_trained > 0) + ["kl"] * (reference is not None)
+            sums = dict.fromkeys(names, 0.0)
             for i, micro in enumerate(micro_batches):
                 if not micro:
                     optimizer.backward(None)
@@ -159,6 +162,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             evaluate()
         if crossed(args.save_steps, step, args.num_iterations) or step == max_steps:
             save(args, world, model, tokenizer, optimizer, step, num_tokens, log.unlogged)
+        batch += 1
     log.close()
 
 
@@ -198,7 +202,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
         rows[:], dropped = data.encode(rows, tokenizer, args.max_length, args.dataset_num_proc)
         if dropped:
             say(world, f"{flag}: dropped {dropped} prompts of more than {args.max_length} tokens, {len(rows)} are left")
-        longest, context = max(len(row["prompt_ids"]) for row in rows), config.max_position_embeddings
+        longest, context = max(len(row["prompt_ids"]) for row in rows), config.get_text_config().max_position_embeddings
         if longest + args.max_completion_length > context:
             raise ValueError(
                 f"--max_completion_length {args.max_completion_length}: with a prompt of {longest} tokens that is more "
@@ -256,9 +260,16 @@ def model_config(args: argparse.Namespace):
         config = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {args.model}: not a model folder or hub id ({first_line(error)})") from error
-    if args.train_type == "lora":
+    folder = Path(args.model)
+    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise ValueError(f"--model {args.model}: no weights in this folder; it needs model.safetensors")
+    try:
         with torch.device("meta"):
-            lora.find_targets(AutoModelForCausalLM.from_config(config), args.target_modules)
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"--model {args.model}: not a causal language model ({first_line(error)})") from error
+    if args.train_type == "lora":
+        lora.find_targets(model, args.target_modules)
     return config
 
 
@@ -271,6 +282,8 @@ def load_policy(args: argparse.Namespace, world: dist.World):
     dtype = getattr(torch, args.torch_dtype)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(world.device)
     grpo.use_grouped_attention(model)
+    if not grpo.head_is_plain(model):
+        raise ValueError(f"--model {args.model}: does more with its logits than log-probabilities here allow for")
     reference = None
     if args.train_type == "lora":
         lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
@@ -314,6 +327,7 @@ def crossed(every: int | None, step: int, num_iterations: int) -> bool:
 # One batch ---------------------------------------------------------------------------------------------------
 
 EVALUATION = 1 << 40  # random streams from here on belong to evaluations, those below to training batches
+DROPOUT = 1 << 41  # and those from here on to optimizer steps
 
 
 @dataclass
@@ -349,7 +363,9 @@ class Rollout:
         """Mean and maximum of |sampler - trainer| over the batch's tokens: a stale or other policy shows here."""
         parts = world.gather([(sum(self.differences), len(self.differences), max(self.differences, default=0.0))])
         totals, counts, largest = zip(*parts)
-        return {"sampler/logp_diff": sum(totals) / max(1, sum(counts)), "sampler/logp_diff_max": max(largest)}
+        if not sum(counts):
+            return {}
+        return {"sampler/logp_diff": sum(totals) / sum(counts), "sampler/logp_diff_max": max(largest)}
 
 
 def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, stream, step) -> Rollout:
@@ -368,7 +384,7 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
 
     columns = {key: [row[key] for row in batch] for key in rows[0] if key not in ("prompt", "prompt_ids")}
     prompts = [row["prompt"] for row in batch]
-    scores = rewards(texts, prompts=prompts, completion_ids=completion_ids, step=step, **columns)
+    scores = texts and rewards(texts, prompts=prompts, completion_ids=completion_ids, step=step, **columns)
     all_scores = world.gather(scores)  # a group may lie across ranks
     all_rewards = total(all_scores, rewards.weights)
     rewarded = time.perf_counter()
@@ -472,7 +488,8 @@ class Log:
             file = self.folder / name
             if file.exists():
                 lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-                file.write_text("".join(x for x in lines if json.loads(x)["step"] <= step), encoding="utf-8")
+                whole = [x for x in lines if x.endswith("\n")]  # a kill may have cut the last one
+                file.write_text("".join(x for x in whole if json.loads(x)["step"] <= step), encoding="utf-8")
         self.bar = tqdm(total=max_steps, initial=step, desc="GRPO", unit="step", dynamic_ncols=True)
 
     def step(self, step: int, state: dict[str, float], metrics: dict[str, float]) -> None:
@@ -528,24 +545,38 @@ class Log:
 def start_folder(args: argparse.Namespace) -> None:
     """Make the output folder and write args.json; what an earlier run left there moves to a folder beside it."""
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
     earlier = [p for n in ("args.json", "*.jsonl", "checkpoint-*", "runs") for p in folder.glob(n)]
-    if earlier and not args.resume_from_checkpoint:
+    if args.resume_from_checkpoint:
+        before = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+        changed = {k: v for k, v in vars(args).items() if k in before and before[k] != v and k not in NOT_THE_RUN}
+        if changed:
+            print("resumed with other flags: " + ", ".join(f"--{k} {v} (was {before[k]})" for k, v in changed.items()))
+        step = json.loads((checkpoint_to_resume(args) / "trainer_state.json").read_text())["step"]
+        earlier = [p for p in checkpoints(args.output_dir) if checkpoint_step(p) > step]
+    if earlier:
         number = 1
         while (folder / f"earlier-{number}").exists():
             number += 1
         (folder / f"earlier-{number}").mkdir()
         for path in earlier:
             path.rename(folder / f"earlier-{number}" / path.name)
-        print(f"{folder} held an earlier run; it is in {folder / f'earlier-{number}'} now")
+        what = "checkpoints beyond the resumed one" if args.resume_from_checkpoint else "an earlier run"
+        print(f"{folder} held {what}; now in {folder / f'earlier-{number}'}")
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+
+
+NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit"}
 
 
 def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, unlogged: list[dict]) -> None:
     """Write checkpoint-<step>: the model or adapter, the optimizer's whole state, where the run stands. No pickle."""
     state = optimizer.state_dict()  # every rank gives its shard
     folder = Path(args.output_dir) / f"checkpoint-{step}"
-    if world.is_main and not folder.exists():
+    if world.is_main:
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         if args.train_type == "lora":
@@ -566,7 +597,11 @@ def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, u
 def checkpoints(output_dir: str) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     numbered = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(numbered, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def how_to_resume(args: argparse.Namespace) -> str:
@@ -632,6 +667,11 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # where no default is set, the text says what holds
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line and exit status 2, said by rank 0 alone."""
@@ -650,18 +690,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="train.py",
         usage="torchrun --nproc_per_node N train.py --dataset NAME --reward_funcs NAME [--flag value ...]",
         description="GRPO for language models. Without flags: the demo.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     whole, positive = number(int, 1), number(float, 0, above=True)
-    not_negative, share = number(float, 0), number(float, 0, 1)
+    not_negative, share, decay = number(float, 0), number(float, 0, 1), number(float, 0, 0.999999)
 
     group = parser.add_argument_group("model").add_argument
     group("--rlhf_type", choices=["grpo"], default="grpo", help="accepted for the guide's commands")
     group("--model", default=str(EMBEDDED_MODEL), help="hub id or local folder")
-    group(
-        "--torch_dtype", choices=["bfloat16", "float32", "float64"], default="bfloat16", help="precision of the weights"
-    )
+    group("--torch_dtype", choices=["bfloat16", "float32"], default="bfloat16", help="precision of the weights")
     group("--train_type", choices=["lora", "full"], default="lora", help="adapters, or all weights")
     group("--lora_rank", type=whole, default=8, help="r, the adapters' rank")
     group("--lora_alpha", type=positive, default=32, help="α; adapters are scaled by α / r")
@@ -719,7 +757,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("training").add_argument
     group("--output_dir", default="output", help="folder for all that the run writes")
     group("--num_train_epochs", type=positive, default=1.0, help="passes over the dataset")
-    group("--max_steps", type=int, default=-1, help="optimizer steps; overrides num_train_epochs")
+    group("--max_steps", type=whole, help="optimizer steps; num_train_epochs' when absent")
     group("--per_device_train_batch_size", type=whole, default=8, help="completions in a rank's micro-batch")
     group("--per_device_eval_batch_size", type=whole, default=8, help="completions a rank samples at once to evaluate")
     group("--gradient_accumulation_steps", type=whole, default=1, help="micro-batches a step")
@@ -727,8 +765,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--lr_scheduler_type", choices=["linear", "cosine", "constant"], default="cosine", help="after the warm-up")
     group("--warmup_ratio", type=share, default=0.0, help="share of the steps that warm up")
     group("--weight_decay", type=not_negative, default=0.0, help="AdamW's, on matrices")
-    group("--adam_beta1", type=share, default=0.9, help="decay of the first moment")
-    group("--adam_beta2", type=share, default=0.999, help="decay of the second moment")
+    group("--adam_beta1", type=decay, default=0.9, help="decay of the first moment")
+    group("--adam_beta2", type=decay, default=0.999, help="decay of the second moment")
     group("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradient to this norm; 0 is off")
     group("--eval_steps", type=whole, help="evaluate every so many steps")
     group("--eval_on_start", type=boolean, default=False, help="evaluate before the first step, too")
@@ -743,14 +781,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="besides metrics.jsonl",
     )
     group("--resume_from_checkpoint", help="checkpoint folder, or true for the newest in output_dir")
-    group("--seed", type=number(int, 0), default=42, help="of everything that is random")
+    group("--seed", type=number(int, 0, 2**63), default=42, help="of everything that is random")
 
+    for action in parser._actions:
+        action.metavar = "true|false" if action.type is boolean else action.metavar
     known = [option for action in parser._actions for option in action.option_strings]
     for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
         if flag not in known:
             close = difflib.get_close_matches(flag, known, n=1)
             fail(f"{flag}: no such flag; " + (f"did you mean {close[0]}?" if close else "--help lists all"))
     args = parser.parse_args(argv)
+    args.resume_from_checkpoint = None if args.resume_from_checkpoint == "false" else args.resume_from_checkpoint
     args.num_generations_eval = args.num_generations_eval or args.num_generations
     args.cosine_max_len = args.cosine_max_len or args.max_completion_length
     args.learning_rate = (

@@ -97,6 +97,29 @@ def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plug
         assert torch.equal(weights(stopped / "checkpoint-8")[name], value)
 
 
+def test_a_run_resumed_earlier_on_leaves_no_stale_checkpoint_and_says_what_changed(model_folder, plugin, tmp_path):
+    flags = flags_for(model_folder, plugin, tmp_path, train_type="lora", save_steps=2, max_steps=4)
+    run_train(*flags)
+    stale = weights(tmp_path / "checkpoint-4")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # as a kill leaves it
+    changes = ["--resume_from_checkpoint", tmp_path / "checkpoint-2", "--learning_rate", "0.1"]
+    said = run_train(*flags, *changes).stdout
+    assert "--learning_rate 0.1 (was 0.001)" in said
+    assert (tmp_path / "earlier-1" / "checkpoint-4").exists()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    new = weights(tmp_path / "checkpoint-4")
+    assert any(not torch.equal(new[name], stale[name]) for name in stale)
+
+
+def test_a_run_resumed_inside_a_batch_ends_at_its_last_step(model_folder, plugin, tmp_path):
+    flags = flags_for(model_folder, plugin, tmp_path, num_iterations=2, max_steps=3)
+    run_train(*flags)
+    run_train(*flags, "--resume_from_checkpoint", "true", "--max_steps", "6")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "checkpoint-6").exists()
+
+
 def test_only_the_newest_checkpoints_are_kept_and_none_holds_a_pickle(model_folder, plugin, tmp_path):
     run_train(*flags_for(model_folder, plugin, tmp_path, save_steps=1, save_total_limit=2, train_type="full", beta=0))
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
