@@ -215,8 +215,9 @@ def test_log_probabilities_need_no_table_of_tokens_by_vocabulary():
     """8,000 tokens × 50,000 words in float32 are 1.6 GB, and the plain way takes several such tables."""
     script = """
 import resource, torch, grpo
+from transformers import PretrainedConfig
 class Model(torch.nn.Module):
-    config = None
+    config = PretrainedConfig()
     def __init__(self):
         super().__init__()
         self.head = torch.nn.Linear(16, 50_000, bias=False)
