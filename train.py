@@ -48,10 +48,10 @@ transformers_logging.disable_progress_bar()
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "SmolLM2-135M-Instruct"
 DEMO = (
     "--dataset arithmetic --val_dataset arithmetic-test --reward_funcs accuracy format --reward_weights 1 0.2 "
-    "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 5e-4 --lr_scheduler_type linear "
-    "--adam_beta2 0.95 --beta 0 --num_generations 4 --temperature 1.0 --max_completion_length 32 --max_steps 36 "
+    "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 5e-4 --lr_scheduler_type linear --beta 0 "
+    "--num_generations 8 --temperature 1.0 --max_completion_length 32 --max_steps 32 "
     "--per_device_train_batch_size 64 --gradient_accumulation_steps 2 --log_completions true "
-    "--num_generations_eval 1 --per_device_eval_batch_size 256 --eval_on_start true --eval_steps 9"
+    "--num_generations_eval 1 --per_device_eval_batch_size 256 --eval_on_start true --eval_steps 8"
 )
 
 

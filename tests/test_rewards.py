@@ -1,6 +1,7 @@
 """rewards.py: the values of its rewards, a judge that nothing hangs, plugins, and one clear line for each mistake."""
 
 import contextlib
+import functools
 import gzip
 import json
 import math
@@ -463,6 +464,7 @@ def test_no_process_outlives_the_trainer(then, signal_sent):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's & has it ignored
     )
     session = int(trainer.stdout.readline())
     if signal_sent:
