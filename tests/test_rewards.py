@@ -107,6 +107,17 @@ def test_format_equals_ms_swift(peers):
     assert 20 < sum(ours) < len(ours) - 20
 
 
+def test_format_asks_for_an_answer_where_trl_asks_for_a_thought_alone(peers):
+    """TRL's is `^<think>(?!.*<think>)(.*?)</think>.*$`: no <answer>, but no second <think>. That is the whole difference."""
+    rewards = pytest.importorskip("trl.rewards")
+    texts = [row["completion"] for row in peers[0]]
+    theirs = rewards.think_format_reward([[{"role": "assistant", "content": text}] for text in texts])
+    ours = [row[0] for row in run(Rewards(["format"]), texts)]
+    for text, a, b in zip(texts, ours, theirs):
+        answered = re.search(r"</think>\s*<answer>.*</answer>\Z", text, re.DOTALL) is not None
+        assert a == float(answered and (b or text.count("<think>") > 1) and text.startswith("<think>")), text
+
+
 def test_format_equals_the_regular_expression_on_any_mix_of_tags():
     pattern = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
     rng = random.Random(0)
@@ -160,7 +171,7 @@ STATED_LAST = (
 DIFFERENCES = {
     "swift": {
         "no <answer>, no \\boxed{}: the text ends in its answer; the peer wants \\boxed{} or the word": STATED_LAST,
-        "the same rule on a text cut short, whose last number is the reference by luck": "103 105",
+        "the same rule, which cannot know that a text was cut short: the spec compares the whole of it": "103 105",
         "an <answer> needs no dollar signs": "439 442 457 466 481 490 496 502 508 523 550 553 559 565 592",
         "nor does a reference, and a word is a reference too": (
             "452 453 454 455 456 460 461 462 469 470 471 488 489 511 512 513 517 526"
@@ -171,7 +182,7 @@ DIFFERENCES = {
     },
     "trl": {
         "no <answer>, no \\boxed{}: the text ends in its answer; the peer wants \\boxed{} or the word": STATED_LAST,
-        "the same rule on a text cut short, whose last number is the reference by luck": "103 105",
+        "the same rule, which cannot know that a text was cut short: the spec compares the whole of it": "103 105",
         "an <answer> is an answer; the peer reads LaTeX alone": (
             "242 244 248 250 254 256 260 262 266 268 272 274 278 280 284 286 290 292 296 298 302 304 "
             "308 310 314 316 320 322 326 328 332 334 338 340 344 346 350 352 356 358 362 364 368 370 "
