@@ -180,10 +180,8 @@ def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[T
     cache = DynamicCache()  # without the configuration: sliding windows keep their history, the mask hides it
     if shared:
         decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
-    beginnings = [(layer.keys, layer.values) for layer in cache.layers] or [
-        None
-    ] * config.get_text_config().num_hidden_layers
-    cache = Cache(layers=[Layer(beginning) for beginning in beginnings])
+    beginnings = [(layer.keys, layer.values) for layer in cache.layers]
+    cache = Cache(layers=[Layer(b) for b in beginnings or [None] * config.get_text_config().num_hidden_layers])
     rest, rest_mask = pad([prompt[len(shared) :] for prompt in prompts], "left", device)
     mask = torch.cat([rest_mask.new_ones(len(prompts), len(shared)), rest_mask], dim=1)
     out = decoder(
@@ -216,11 +214,18 @@ class Layer(DynamicLayer):
         return Layer(self.beginning, self.keys.index_select(0, rows), self.values.index_select(0, rows))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        own = super().update(key_states, value_states)
+        own = self.append(key_states, value_states)
         return tuple(zip(self.beginning, own)) if self.beginning else own
 
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new positions behind each row's own → all of its own."""
+        return super().update(key_states, value_states)
+
+    def own_length(self) -> int:
+        return super().get_seq_length()
+
     def get_seq_length(self) -> int:
-        return (self.beginning[0].shape[2] if self.beginning else 0) + super().get_seq_length()
+        return (self.beginning[0].shape[2] if self.beginning else 0) + self.own_length()
 
 
 def logps_from_hidden_states(
@@ -237,7 +242,7 @@ class HeadLogps(torch.autograd.Function):
 
     The head is applied to as many tokens at a time as make LOGITS_AT_ONCE logits, in memory that every chunk uses
     again; the backward pass makes the logits once more. 16 completions of 2,048 tokens with a vocabulary of 152 k would
-    take 20 GB; this takes 64 MiB, whatever the vocabulary. The gradient of a log-probability by its logits is
+    take 20 GB; this takes less than 200 MiB, whatever the vocabulary. The gradient of a log-probability by its logits is
     (one-hot of the target - softmax) / temperature; the entropies have none.
     """
 
@@ -248,9 +253,9 @@ class HeadLogps(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         scratch = torch.empty(2, min(size, len(hidden)), vocabulary, dtype=dtype, device=hidden.device)
         logps, entropies, normalizers = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
-        for part in torch.arange(len(hidden)).split(size):
-            part = slice(part[0], part[-1] + 1)
-            logits, weights = scratch[:, : part.stop - part.start]
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits, weights = scratch[:, : len(targets[part])]
             logits.copy_(head(hidden[part]))
             if temperature != 1.0:
                 logits.div_(temperature)
@@ -271,8 +276,8 @@ class HeadLogps(torch.autograd.Function):
         scratch = grad.new_empty(min(ctx.size, len(hidden)), ctx.vocabulary)
         grad_hidden, grad_trained = torch.empty_like(hidden), [torch.zeros_like(p) for p in trained]
         grad = grad[:, None] / ctx.temperature
-        for part in torch.arange(len(hidden)).split(ctx.size):
-            part = slice(part[0], part[-1] + 1)
+        for start in range(0, len(hidden), ctx.size):
+            part = slice(start, start + ctx.size)
             with torch.enable_grad():
                 inputs = hidden[part].detach().requires_grad_()
                 logits = ctx.head(inputs)
@@ -300,10 +305,10 @@ def logits_from_hidden_states(model: torch.nn.Module, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_is_plain(model: torch.nn.Module) -> bool:
-    """Whether `logits_from_hidden_states` gives this model's own logits, tried on one token."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    hidden = model.get_decoder()(input_ids=token, use_cache=False).last_hidden_state
-    ours, own = logits_from_hidden_states(model, hidden).float(), model(input_ids=token).logits.float()
+    """Whether `logits_from_hidden_states` gives this model's own logits, tried on a few tokens."""
+    ids = torch.arange(7, device=next(model.parameters()).device)[None]  # the first may be padding, embedded as zeros
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    ours, own = logits_from_hidden_states(model, hidden).float(), model(input_ids=ids).logits.float()
     return bool((ours - own).abs().max() <= 0.02 * own.abs().max())
 
 

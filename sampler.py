@@ -198,12 +198,11 @@ class PreallocatedLayer(Layer):
         buffer[:, :, :length] = prompts[row_of]
         return buffer
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
-        own = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        return tuple(zip(self.beginning, own)) if self.beginning else own
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def get_seq_length(self) -> int:
-        return (self.beginning[0].shape[2] if self.beginning else 0) + self.length
+    def own_length(self) -> int:
+        return self.length

@@ -197,6 +197,13 @@ def test_logps_equal_a_plain_forward_pass_on_every_architecture(architecture):
     assert (entropies[mask.bool()] > 0).all() and not entropies.requires_grad
 
 
+def test_a_head_that_does_more_is_found():
+    assert all(grpo.head_is_plain(tiny_model(architecture)) for architecture in ARCHITECTURES)
+    model = tiny_model("llama")
+    model.config.logit_scale = 0.5  # a Llama's forward pass knows nothing of it
+    assert not grpo.head_is_plain(model)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_gradient_checkpointing_changes_nothing(architecture):
     prompts, completions, _ = make_batch()

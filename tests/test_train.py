@@ -76,7 +76,7 @@ def test_two_processes_train_as_one_does(train_type, model_folder, plugin, tmp_p
 # Stop and resume ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"train_type": "full"}, {"train_type": "lora", "num_iterations": 2}])
+@pytest.mark.parametrize("changes", [{"train_type": "full"}, {"num_iterations": 2, "lora_dropout": 0.1}])
 def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plugin, tmp_path):
     changes |= {"max_steps": 8, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "logging_steps": 3, "save_steps": 4}
     changes |= {"log_completions": "true", "eval_steps": 4}
@@ -436,6 +436,9 @@ BAD_INPUT = {
     "no question": (["--dataset", "{tmp}/columns.jsonl"], r"--dataset .*columns.jsonl: .*text, label"),
     "no reference": (["--dataset", "{tmp}/ask.jsonl", "--reward_funcs", "accuracy"], r"--reward_funcs accuracy: "),
     "system path": (["--system", "examples/nowhere.txt"], r"--system examples/nowhere.txt: no such file"),
+    "beta of 1": (["--adam_beta2", "1"], r"--adam_beta2: '1': a number from 0 to "),
+    "no weights": (["--model", "{tmp}/bare"], r"--model .*bare: no weights in this folder"),
+    "output_dir below a file": (["--output_dir", "{tmp}/ask.jsonl/out"], r"--output_dir .*out: cannot be made"),
     "dtype": (["--torch_dtype", "bfloat17"], r"--torch_dtype: .*bfloat17.*bfloat16"),
     "output_dir is a file": (["--output_dir", "{tmp}/ask.jsonl"], r"--output_dir .*ask.jsonl: is a file"),
     "model": (["--model", "models/nowhere"], r"--model models/nowhere: "),
@@ -489,6 +492,8 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
         shutil.copytree(model_folder, tmp_path / "headless")
         config = json.loads((model_folder / "config.json").read_text())
         (tmp_path / "headless/config.json").write_text(json.dumps(config | {"num_labels": 1, "id2label": {"0": "a"}}))
+    if case == "no weights":
+        shutil.copytree(model_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.chdir(ROOT)
     flags, message = BAD_INPUT[case]
     words = [word.replace("{tmp}", str(tmp_path)).replace("{model}", str(model_folder)) for word in flags]
