@@ -106,9 +106,8 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
 
         for _ in range(min(args.num_iterations, max_steps - step)):
             training = time.perf_counter()
-            torch.manual_seed(
-                completion_seed(args.seed, DROPOUT + step, world.rank)
-            )  # so that a resumed run drops alike
+            # Dropout's random numbers, the same when a run is resumed.
+            torch.manual_seed(completion_seed(args.seed, DROPOUT + step, world.rank))
             names = ["loss", "clip_ratio"] + ["entropy"] * (sample.num_trained > 0) + ["kl"] * (reference is not None)
             sums = dict.fromkeys(names, 0.0)
             for i, micro in enumerate(micro_batches):
