@@ -60,6 +60,13 @@ class World:
         dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
+    def from_main(self, item):
+        """Rank 0's item, on every rank."""
+        items = [item]
+        if self.size > 1:
+            dist.broadcast_object_list(items, src=0, device=self.device)
+        return items[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -58,6 +58,7 @@ def grpo_loss(
     ref_logps: Tensor | None,
     advantages: Tensor,
     completion_mask: Tensor,
+    weights: Tensor | None = None,
     *,
     epsilon: float,
     beta: float,
@@ -65,7 +66,8 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's part of the loss of an optimizer step with `num_completions` completions on all ranks.
 
-    logps, old_logps, ref_logps, completion_mask (B, T); advantages (B,). Because every part is divided by the number of
+    logps, old_logps, ref_logps, completion_mask (B, T); advantages (B,); weights (B, T) from `importance_weights`, or
+    None where the sampler's policy is π_old exactly. Because every part is divided by the number of
     completions of the whole step, the parts of all micro-batches and ranks add up to the loss, however it was split.
     The metrics are parts of a mean in the same way. Without `ref_logps` (β = 0) there is no KL term.
     """
@@ -76,6 +78,8 @@ def grpo_loss(
     advantages = advantages[:, None]  # (B, 1): one advantage for all tokens of a completion
     ratio = torch.exp(logps - old_logps)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    if weights is not None:
+        surrogate = surrogate * weights
     clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon) & (advantages > 0))
     metrics = {"clip_ratio": mean(clipped.float())}
     if ref_logps is not None:
@@ -85,6 +89,16 @@ def grpo_loss(
     loss = -mean(surrogate)
     metrics["loss"] = loss.detach()
     return loss, metrics
+
+
+def importance_weights(old_logps: Tensor, sampler_logps: Tensor, clip_max: float) -> Tensor:
+    """π_old / π_sampler for each token, any shape, at most clip_max: truncated importance sampling.
+
+    Another engine's kernels round differently, so it samples from a policy that is not quite π_old; weighting the
+    objective by this ratio corrects for that, and the bound keeps one odd token from ruling the step (Yao et al.,
+    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025; TRL's token_truncate).
+    """
+    return torch.exp(old_logps - sampler_logps).clamp(max=clip_max)
 
 
 def completion_logps(

@@ -104,6 +104,20 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = True
 
 
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the model as it was before `inject`, tied ones once, by the names they have without adapters."""
+    adapters = ("lora_A", "lora_B")
+    return ((n, p.detach()) for n, p in model.named_parameters() if n.rpartition(".")[2] not in adapters)
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same with adapters merged in, one layer at a time; the model stays, bit for bit, what it is."""
+    adapted = {f"{name}.weight": module for name, module in layers(model)}
+    with torch.no_grad():
+        for name, parameter in plain_parameters(model):
+            yield name, adapted[name].merged_weight() if name in adapted else parameter
+
+
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its layer, in place: a plain model again, as fast as the base."""
     for name, module in list(layers(model)):

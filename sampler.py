@@ -1,6 +1,6 @@
-"""Sampling completions from the policy: the own sampler, on any transformers model.
+"""Sampling completions from the policy: the own sampler, on any transformers model, and vLLM.
 
-One call decodes all completions of a rank at once. A prompt is prefilled once and its keys and values are then copied
+The own sampler. One call decodes all completions of a rank at once. A prompt is prefilled once and its keys and values are then copied
 to the rows of its G completions; each step feeds one token a row; rows whose completion has ended leave the batch.
 
     prompts   p1 p2            prefill once each
@@ -11,18 +11,45 @@ A token is drawn by inverting the cumulative distribution at a uniform number: e
 completion has a random stream of its own, named by its seed, so it comes out the same in whatever batch, and on
 however many ranks, it is sampled.
 
+vLLM. Rank 0 starts the engine as a process of its own, `python sampler.py`, so that it can be watched and ended whatever
+it does; all ranks' prompts go there together and each rank gets its own completions back:
+
+    rank 0   ── requests, replies over a pipe ─────────────────────>   vllm.LLM, on a device of its own
+             ── weights over a process group of two (NCCL, gloo) ──>
+
+After an optimizer step the weights stream into the running engine, one tensor at a time, and a fingerprint of what the
+engine received must equal that of what was sent.
+
 A sampler is anything with the two methods of `Sampler`. To try a new decoding idea, change `sample_tokens`.
 """
 
-from collections.abc import Sequence
+import ctypes
+import datetime
+import hashlib
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+import lora
+from dist import World
 from grpo import Layer, distinct, logits_from_hidden_states, prefill
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
@@ -38,8 +65,14 @@ class Completion:
     finished: bool  # ended by an end-of-sequence token, not by max_new_tokens
 
 
+class SamplerError(RuntimeError):
+    """The sampler cannot go on; one line that says what happened, the same on every rank."""
+
+
 class Sampler(Protocol):
     """What train.py needs of a sampler."""
+
+    metrics: dict[str, float]  # of the last call of generate
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         """One completion for each prompt; equal prompts side by side are prefilled once."""
@@ -66,7 +99,7 @@ class ModelSampler:
         top_k: int = 0,
     ):
         self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
-        self.top_p, self.top_k = top_p, top_k
+        self.top_p, self.top_k, self.metrics = top_p, top_k, {}
         self.eos = torch.tensor(sorted(eos_token_ids), device=next(model.parameters()).device)
 
     def take_weights(self, model: torch.nn.Module) -> None:
@@ -206,3 +239,325 @@ class PreallocatedLayer(Layer):
 
     def own_length(self) -> int:
         return self.length
+
+
+# vLLM: the trainer's side ------------------------------------------------------------------------------------
+
+
+class VLLMSampler:
+    """Samples with vLLM on `device`; every rank makes one and calls it at the same time.
+
+    The policy's weights are sent when `generate` needs them, so several `take_weights` in between cost one transfer.
+    Log-probabilities are those vLLM drew with: with top_k or top_p, of what these leave, renormalized.
+    `timeout`: seconds without a sign of life, at any point, after which the engine is killed. SamplerError when it ended.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        world: World,
+        device: torch.device,
+        engine_args: dict,
+        *,
+        eos_token_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        timeout: float = 300.0,
+        log: str | Path = "vllm.log",
+    ):
+        self.model, self.world, self.stale, self.metrics = model, world, True, {}
+        self.sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        self.sampling["stop_token_ids"] = sorted(eos_token_ids)
+        backend = "nccl" if device.type == "cuda" and device != world.device else "gloo"  # NCCL needs two GPUs
+        self.engine = Engine(device, engine_args, backend, timeout, log) if world.is_main else None
+
+    def take_weights(self, model: torch.nn.Module) -> None:
+        self.model, self.stale = model, True
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
+        everyone = self.world.gather(list(zip(prompt_ids, seeds)))
+        outcome = None
+        if self.world.is_main:
+            try:
+                outcome = self._generate(everyone)
+            except SamplerError as error:  # told to the other ranks, which wait for what comes out
+                outcome = error
+        outcome = self.world.from_main(outcome)
+        if isinstance(outcome, SamplerError):
+            raise outcome
+        completions, self.metrics = outcome
+        before = sum(self.world.gather([len(seeds)])[: self.world.rank])
+        return completions[before : before + len(seeds)]
+
+    def _generate(self, rows: Sequence[tuple[Sequence[int], int]]) -> tuple[list[Completion], dict[str, float]]:
+        started = time.perf_counter()
+        if self.stale:
+            self.engine.send_weights(self.model)
+            self.stale = False
+        metrics = {"time/sync": time.perf_counter() - started}
+        groups = [list(rows) for _, rows in itertools.groupby(rows, key=lambda row: list(row[0]))]
+        # vLLM gives completion i of a request the seed of the request plus i.
+        requests = [(list(group[0][0]), len(group), group[0][1]) for group in groups]
+        return self.engine.generate(requests, self.sampling), metrics
+
+    def close(self) -> None:
+        if self.engine:
+            self.engine.close()
+
+
+class Engine:
+    """vLLM in a process of its own. Whatever happens to it ends a call with a SamplerError, within `timeout` seconds."""
+
+    def __init__(self, device: torch.device, engine_args: dict, backend: str, timeout: float, log: str | Path):
+        self.backend, self.timeout, self.log, self.silent = backend, timeout, log, False
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        self.group: WeightGroup | None = None
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=engine_environment(device),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # signals meant for the run miss it
+            )
+        theirs.close()
+        self.starting = True  # it says when it has started; until then there is other work to do
+        self.pipe.send((engine_args, backend, self.store.port, timeout))
+
+    def generate(self, requests: list[tuple[list[int], int, int]], sampling: dict) -> list[Completion]:
+        """(prompt, number of completions, seed) … → the completions of all, in that order."""
+        with self.watched():
+            self.pipe.send(("generate", requests, sampling))
+        return [Completion(*parts) for parts in self.reply()]
+
+    def send_weights(self, model: torch.nn.Module) -> None:
+        """Stream the policy's weights, adapters merged one layer at a time, and check that they arrived."""
+        if self.starting:
+            self.reply()
+            self.starting = False
+        sent = Fingerprint()
+        with self.watched():
+            self.pipe.send(("take_weights", [(n, p.shape, p.dtype) for n, p in lora.plain_parameters(model)]))
+            device = next(model.parameters()).device
+            self.group = self.group or WeightGroup(self.store, 0, self.backend, device, self.timeout)
+            for name, tensor in lora.merged_parameters(model):
+                sent.add(name, self.group.send(tensor))
+        if self.reply() != sent.digest():
+            raise self.failure("received other weights than were sent")
+
+    def reply(self):
+        """What the engine's command returns; each of its signs of life starts the time limit anew."""
+        while True:
+            with self.watched():
+                kind, value = self.pipe.recv()
+            if kind == "error":
+                raise self.failure(value)
+            if kind == "done":
+                return value
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What blocks in here fails as soon as the engine is gone, and the engine is gone after `timeout` seconds."""
+        watchdog = threading.Timer(self.timeout, self._silence)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        except (EOFError, OSError, RuntimeError) as error:
+            raise self.failure() from error
+        finally:
+            watchdog.cancel()
+
+    def _silence(self) -> None:
+        self.silent = True
+        self.kill()
+
+    def failure(self, what: str = "") -> SamplerError:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # its pipe may close a moment before it has ended
+        status = self.process.poll()
+        self.kill()
+        if self.silent:
+            what = f"gave no sign of life for {self.timeout:g} s (--vllm_timeout) and was killed"
+        elif not what:
+            what = f"was killed by signal {-status}" if (status or 0) < 0 else f"ended with status {status}"
+        return SamplerError(f"--use_vllm true: the engine {what}; its log is {self.log}")
+
+    def close(self) -> None:
+        """Let the engine end, for at most 5 seconds."""
+        self.pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        self.kill()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with whatever vLLM may have started
+        self.process.wait()
+
+
+class WeightGroup:
+    """A process group of two beside all others: the trainer, 0, and the engine, 1, which run on one machine."""
+
+    def __init__(self, store: dist.Store, rank: int, backend: str, device: torch.device, timeout: float):
+        limit = datetime.timedelta(seconds=timeout)
+        if backend == "nccl":
+            self.device, self.group = device, dist.ProcessGroupNCCL(store, rank, 2, limit)
+        else:
+            options = dist.ProcessGroupGloo._Options()
+            options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(interface="lo")], limit
+            self.device, self.group = torch.device("cpu"), dist.ProcessGroupGloo(store, rank, 2, options)
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Send a tensor to the engine; returns what was sent."""
+        tensor = tensor.detach().to(self.device).contiguous()
+        self.group.send([tensor], 1, 0).wait()
+        return tensor
+
+    def receive(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        self.group.recv([tensor], 0, 0).wait()
+        return tensor
+
+
+class Fingerprint:
+    """Of tensors in their order: names, shapes, types and the sum of all bits, as whole numbers of 64."""
+
+    def __init__(self):
+        self.hash = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        words = tensor.flatten().view(torch.uint8)
+        words = words.view(torch.int64) if len(words) % 8 == 0 else words
+        self.hash.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {words.sum().item()};".encode())
+
+    def digest(self) -> str:
+        return self.hash.hexdigest()
+
+
+def vllm_device(wanted: str, gpus: int, trainers: int) -> torch.device:
+    """The device that `--vllm_device` means, with GPUs numbered as this process sees them; the CPU where there is none.
+
+    `trainers` processes train here, on the first GPUs. ValueError when the device is not there or not free.
+    """
+    if wanted == "auto" and not gpus:
+        return torch.device("cpu")
+    first = 0 if gpus == 1 else trainers  # a single GPU is shared
+    free = [f"cuda:{i}" for i in range(first, gpus)]
+    if trainers > gpus:
+        free = []
+    if wanted == "auto" and free:
+        return torch.device(free[0])
+    if wanted in free:
+        return torch.device(wanted)
+    works = f"auto or {' or '.join(free)} works" if free else f"{gpus - 1} processes would leave one free"
+    if not gpus:
+        works, problem = "auto, the CPU, works", "there is no GPU"
+    elif wanted == "auto" or wanted in [f"cuda:{i}" for i in range(trainers)]:
+        problem = f"{trainers} processes train on {gpus} GPUs" if wanted == "auto" else "a process trains on it"
+    else:
+        problem = f"there is no such GPU among {gpus}"
+    raise ValueError(f"--vllm_device {wanted}: {problem}; {works}")
+
+
+def engine_environment(device: torch.device) -> dict[str, str]:
+    """The environment of the engine's process: its one GPU, all CPU cores, and nothing of torchrun's."""
+    torchrun = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index] if visible else str(device.index)
+    else:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # training uses the same cores in turn
+    return environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+
+# vLLM: the engine's side, a process of its own -----------------------------------------------------------------
+
+
+def serve(pipe: Connection) -> None:
+    """Carry out the trainer's commands until it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not a moment longer than the trainer
+    try:
+        engine_args, backend, port, timeout = pipe.recv()
+        from vllm import LLM
+
+        llm, group = LLM(**engine_args), None
+        pipe.send(("done", None))
+        while True:
+            command, *args = pipe.recv()
+            if command == "take_weights":
+                if group is None:
+                    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
+                    device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+                    group = WeightGroup(store, 1, backend, device, timeout)
+                pipe.send(("done", take_weights(llm, group, *args)))
+            else:
+                pipe.send(("done", generate(llm, pipe, *args)))
+    except (EOFError, BrokenPipeError):
+        pass  # the trainer is gone
+    except BaseException as error:
+        traceback.print_exc()
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        with suppress(OSError):
+            pipe.send(("error", f"failed ({first[:200]})"))
+    sys.stdout.flush()
+    os._exit(0)  # threads of vLLM's may not want to end
+
+
+def generate(llm, pipe: Connection, requests: list[tuple[list[int], int, int]], sampling: dict) -> list[tuple]:
+    """The parts of the completions; Completion itself has another name in this process."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, outputs, last = llm.llm_engine, {}, time.monotonic()
+    for i, (prompt, n, seed) in enumerate(requests):
+        params = SamplingParams(
+            n=n, seed=seed, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
+        )
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    while engine.has_unfinished_requests():
+        outputs |= {int(output.request_id): output.outputs for output in engine.step() if output.finished}
+        if time.monotonic() > last + 1.0:
+            last = time.monotonic()
+            pipe.send(("alive", None))
+    return [
+        (
+            list(o.token_ids),
+            [step[token].logprob for step, token in zip(o.logprobs, o.token_ids)],
+            o.finish_reason == "stop",
+        )
+        for i in range(len(requests))
+        for o in outputs[i]
+    ]
+
+
+def take_weights(llm, group: WeightGroup, tensors: list[tuple[str, torch.Size, torch.dtype]]) -> str:
+    """Load the weights as they arrive, over the old ones, and forget what was computed with those."""
+    received = Fingerprint()
+
+    def arriving() -> Iterator[tuple[str, Tensor]]:
+        for name, shape, dtype in tensors:
+            tensor = group.receive(shape, dtype)
+            received.add(name, tensor)
+            yield name, tensor
+
+    def load(worker) -> None:
+        worker.model_runner.reload_weights(weights_iterator=arriving())
+        head = getattr(worker.model_runner.get_model(), "lm_head", None)
+        if hasattr(head, "quant_method"):  # a head tied to the embedding is passed over, but on CPUs it has packed a copy
+            head.quant_method.process_weights_after_loading(head)
+
+    llm.collective_rpc(load)
+    if not llm.llm_engine.reset_prefix_cache():
+        raise RuntimeError("its prefix cache could not be reset")
+    return received.digest()
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

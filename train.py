@@ -41,7 +41,7 @@ import dist
 import grpo
 import lora
 from rewards import COUNTERS, RewardError, Rewards, load_plugins, total
-from sampler import ModelSampler
+from sampler import ModelSampler, Sampler, SamplerError, VLLMSampler, vllm_device
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and --dataset_num_proc's forks do not mix
 transformers_logging.disable_progress_bar()
@@ -65,7 +65,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
     model, reference = load_policy(args, world)
-    sampler = make_sampler(args, model, tokenizer)
+    sampler = make_sampler(args, world, model, tokenizer)
     optimizer = dist.ZeroAdamW(
         model.named_parameters(),
         betas=(args.adam_beta1, args.adam_beta2),
@@ -129,6 +129,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     ref_logps[i],
                     sample.advantages[micro],
                     mask,
+                    sample.importance_weights(args, micro, old_logps[i]),
                     epsilon=args.epsilon,
                     beta=args.beta,
                     num_completions=completions_per_step,
@@ -143,19 +144,21 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             step += 1
 
             now = time.perf_counter()
+            drift = sample.drift(world)
+            log.warn_of_drift(drift)
             log.step(
                 step,
                 {"epoch": step / steps_per_epoch, "learning_rate": learning_rate, "num_tokens": num_tokens},
                 {
                     **world.sum(sums),
                     **sample.metrics,
-                    **sample.drift(world),
+                    **drift,
                     "grad_norm": grad_norm,
                     "time/train": now - training,
                     "time/step": now - started,
                 },
             )
-            once = {"time/generate", "time/reward", *COUNTERS} & sample.metrics.keys()  # told once a batch
+            once = {"time/sync", "time/generate", "time/reward", *COUNTERS} & sample.metrics.keys()  # told once a batch
             sample.metrics.update(dict.fromkeys(once, 0.0))
             started = now
 
@@ -221,9 +224,9 @@ def prepare(args: argparse.Namespace, world: dist.World):
 def check(args: argparse.Namespace, world_size: int) -> None:
     """What can be said of the flags alone."""
     if args.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--use_vllm true: vLLM is not installed; --use_vllm false samples without it")
+        raise ValueError("--use_vllm true: vLLM is not installed; make vllm installs it, --use_vllm false samples without")
     if args.use_vllm:
-        raise ValueError("--use_vllm true: there is no vLLM sampler yet; --use_vllm false samples without it")
+        device_of_vllm(args)
     if args.deepspeed == "zero3":
         raise ValueError("--deepspeed zero3: there is no ZeRO-3 yet; none and zero2 work")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
@@ -296,18 +299,42 @@ def load_policy(args: argparse.Namespace, world: dist.World):
     return model.train(), reference
 
 
-def make_sampler(args: argparse.Namespace, model, tokenizer):
+def make_sampler(args: argparse.Namespace, world: dist.World, model, tokenizer) -> Sampler:
     ends = {tokenizer.eos_token_id}
     for config in (model.config, model.generation_config):
         ends.update(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
-    return ModelSampler(
-        model,
-        eos_token_ids=sorted(ends - {None}),
-        max_new_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-    )
+    settings = {
+        "eos_token_ids": sorted(ends - {None}),
+        "max_new_tokens": args.max_completion_length,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+    }
+    if not args.use_vllm:
+        return ModelSampler(model, **settings)
+    device = device_of_vllm(args)
+    if device == world.device and device.type == "cuda":
+        say(world, f"vLLM shares {device}, the only GPU, with training")
+    on_gpu = {"gpu_memory_utilization": args.vllm_gpu_memory_utilization}
+    on_cpu = {"kv_cache_memory_bytes": 2 << 30, "enforce_eager": True}  # compiling takes minutes and brings a tenth
+    engine_args = {
+        "model": args.model,
+        "dtype": args.torch_dtype,
+        "seed": args.seed % 2**32,
+        "max_model_len": args.vllm_max_model_len,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
+        "generation_config": "vllm",
+        **(on_gpu if device.type == "cuda" else on_cpu),
+    }
+    log = Path(args.output_dir) / "vllm.log"
+    sampler = VLLMSampler(model, world, device, engine_args, **settings, timeout=args.vllm_timeout, log=log)
+    atexit.register(sampler.close)
+    return sampler
+
+
+def device_of_vllm(args: argparse.Namespace) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return vllm_device(args.vllm_device, gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def schedule(args: argparse.Namespace, step: int, max_steps: int) -> float:
@@ -329,6 +356,7 @@ def crossed(every: int | None, step: int, num_iterations: int) -> bool:
 
 EVALUATION = 1 << 40  # random streams from here on belong to evaluations, those below to training batches
 DROPOUT = 1 << 41  # and those from here on to optimizer steps
+MAX_DRIFT = 0.1  # mean |sampler - trainer| of a log-probability; bfloat16's rounding makes some 0.01
 
 
 @dataclass
@@ -359,6 +387,14 @@ class Rollout:
         """Remember how far the trainer's log-probabilities are from those the sampler drew with."""
         for i, row in zip(micro, logps.tolist()):
             self.differences += [abs(a - b) for a, b in zip(row, self.sampler_logps[i])]
+
+    def importance_weights(self, args, micro: list[int], old_logps: torch.Tensor) -> torch.Tensor | None:
+        """What corrects for a sampler that is not the trainer's own model, (B, T)."""
+        if not (args.use_vllm and args.vllm_importance_sampling_correction):
+            return None
+        rows = [torch.tensor(self.sampler_logps[i], device=old_logps.device) for i in micro]
+        sampler_logps = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return grpo.importance_weights(old_logps, sampler_logps, args.vllm_importance_sampling_clip_max)
 
     def drift(self, world: dist.World) -> dict[str, float]:
         """Mean and maximum of |sampler - trainer| over the batch's tokens: a stale or other policy shows here."""
@@ -409,7 +445,8 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
         "completion_length": means["completion_length"],
         "clipped_completions": means["clipped_completions"],
         **world.sum(rewards.metrics()),
-        "time/generate": generated - started,
+        **sampler.metrics,
+        "time/generate": generated - started - sampler.metrics.get("time/sync", 0.0),
         "time/reward": rewarded - generated,
     }
     records = []
@@ -475,6 +512,7 @@ class Log:
         self.main, self.folder, self.every = world.is_main, Path(args.output_dir), args.logging_steps
         self.max_steps, self.unlogged, self.started = max_steps, unlogged, time.time()
         self.tensorboard = self.wandb = None
+        self.warned = False
         if not self.main:
             return
         if "tensorboard" in args.report_to:
@@ -503,6 +541,15 @@ class Log:
         if step % self.every == 0 or step == self.max_steps:
             self._write(step, {"step": step, **state, **weighted_mean([(1, m) for m in self.unlogged])})
             self.unlogged = []
+
+    def warn_of_drift(self, drift: dict[str, float]) -> None:
+        """Say once when the sampler's policy is not the trainer's."""
+        if self.main and not self.warned and drift.get("sampler/logp_diff", 0.0) > MAX_DRIFT:
+            self.warned = True
+            self.bar.write(
+                f"sampler/logp_diff is {drift['sampler/logp_diff']:.3f}, above {MAX_DRIFT}: what samples is not what is "
+                "trained; float32 tells rounding from an error"
+            )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write(step, {"step": step, **{f"eval/{name}": value for name, value in metrics.items()}})
@@ -750,6 +797,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--vllm_device", default="auto", help="auto, the first GPU no training process uses, or cuda:x")
     group("--vllm_gpu_memory_utilization", type=number(float, 0, 1, above=True), default=0.9, help="passed to vLLM")
     group("--vllm_max_model_len", type=whole, help="passed to vLLM")
+    group("--vllm_timeout", type=positive, default=300.0, help="seconds the engine may give no sign of life")
+    group("--vllm_importance_sampling_correction", type=boolean, default=True, help="weight tokens by π_old / π_vLLM")
+    group("--vllm_importance_sampling_clip_max", type=positive, default=3.0, help="and by this much at most")
 
     group = parser.add_argument_group("distributed").add_argument
     group("--deepspeed", choices=["none", "zero2", "zero3"], default="none", help="what the ranks share out")
@@ -802,9 +852,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    if not argv:
-        argv = DEMO.split()
-        print(f"python train.py {DEMO}", flush=True)
+    if not argv or argv[0] == "demo":
+        argv = DEMO.split() + argv[1:]
+        print(f"python train.py {' '.join(argv)}", flush=True)
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
     try:
@@ -813,7 +863,7 @@ def main(argv: list[str]) -> None:
         if not str(error).startswith("--"):  # not the user's flags, so the traceback is worth reading
             raise
         fail(str(error))
-    except (RewardError, FloatingPointError) as error:
+    except (RewardError, SamplerError, FloatingPointError) as error:
         fail(f"{error}; {how_to_resume(args)}", status=1)
     except KeyboardInterrupt:
         fail(f"interrupted; {how_to_resume(args)}", status=130)
