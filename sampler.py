@@ -337,9 +337,7 @@ class Engine:
 
     def send_weights(self, model: torch.nn.Module) -> None:
         """Stream the policy's weights, adapters merged one layer at a time, and check that they arrived."""
-        if self.starting:
-            self.reply()
-            self.starting = False
+        self.wait_until_started()
         sent = Fingerprint()
         with self.watched():
             self.pipe.send(("take_weights", [(n, p.shape, p.dtype) for n, p in lora.plain_parameters(model)]))
@@ -349,6 +347,11 @@ class Engine:
                 sent.add(name, self.group.send(tensor))
         if self.reply() != sent.digest():
             raise self.failure("received other weights than were sent")
+
+    def wait_until_started(self) -> None:
+        if self.starting:
+            self.reply()
+            self.starting = False
 
     def reply(self):
         """What the engine's command returns; each of its signs of life starts the time limit anew."""
@@ -426,15 +429,20 @@ class WeightGroup:
 
 
 class Fingerprint:
-    """Of tensors in their order: names, shapes, types and the sum of all bits, as whole numbers of 64."""
+    """Of tensors in their order: their names, shapes, types, and the sums of their bits, 1,024 for each tensor.
+
+    Summed are whole numbers of the elements' size, element i with all others whose place is the same modulo 1,024.
+    """
 
     def __init__(self):
         self.hash = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        words = tensor.flatten().view(torch.uint8)
-        words = words.view(torch.int64) if len(words) % 8 == 0 else words
-        self.hash.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {words.sum().item()};".encode())
+        self.hash.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        bits = tensor.flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+        whole = len(bits) // 1024 * 1024
+        for part in (bits[:whole].view(-1, 1024).sum(0, dtype=torch.int64), bits[whole:]):
+            self.hash.update(part.cpu().numpy())
 
     def digest(self) -> str:
         return self.hash.hexdigest()
@@ -550,7 +558,9 @@ def take_weights(llm, group: WeightGroup, tensors: list[tuple[str, torch.Size, t
     def load(worker) -> None:
         worker.model_runner.reload_weights(weights_iterator=arriving())
         head = getattr(worker.model_runner.get_model(), "lm_head", None)
-        if hasattr(head, "quant_method"):  # a head tied to the embedding is passed over, but on CPUs it has packed a copy
+        if hasattr(
+            head, "quant_method"
+        ):  # a head tied to the embedding is passed over, but on CPUs it has packed a copy
             head.quant_method.process_weights_after_loading(head)
 
     llm.collective_rpc(load)

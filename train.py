@@ -212,6 +212,14 @@ def prepare(args: argparse.Namespace, world: dist.World):
                 f"--max_completion_length {args.max_completion_length}: with a prompt of {longest} tokens that is more "
                 f"than the model's {context}; a shorter one, or --max_length {context - args.max_completion_length}, works"
             )
+        if (
+            args.use_vllm
+            and not longest + args.max_completion_length <= (args.vllm_max_model_len or context) <= context
+        ):
+            raise ValueError(
+                f"--vllm_max_model_len {args.vllm_max_model_len}: from {longest + args.max_completion_length} (a prompt of "
+                f"{longest} tokens and --max_completion_length {args.max_completion_length}) to the model's {context} works"
+            )
     if args.eval_steps and not args.val_dataset:  # only now, so that --max_length leaves neither side empty
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
@@ -224,7 +232,9 @@ def prepare(args: argparse.Namespace, world: dist.World):
 def check(args: argparse.Namespace, world_size: int) -> None:
     """What can be said of the flags alone."""
     if args.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--use_vllm true: vLLM is not installed; make vllm installs it, --use_vllm false samples without")
+        raise ValueError(
+            "--use_vllm true: vLLM is not installed; make vllm installs it, --use_vllm false samples without"
+        )
     if args.use_vllm:
         device_of_vllm(args)
     if args.deepspeed == "zero3":

@@ -279,11 +279,9 @@ def test_the_guides_single_gpu_command_runs(numina, model_folder, tmp_path):
     assert (tmp_path / "completions.jsonl").exists(), out
 
 
-def test_the_guides_multi_gpu_command_runs(numina, model_folder, tmp_path):
+def test_the_guides_multi_gpu_command_runs_without_vllm(numina, model_folder, tmp_path):
     sizes = {"model": model_folder, "dataset": f"{numina}#8", "max_completion_length": 8, "num_generations": 2}
     flags = swapped(guide_flags("multi_gpu_vllm.sh"), **sizes, output_dir=tmp_path, eval_steps=3)
-    refused = run_train(*flags, check=False)
-    assert refused.returncode == 2 and refused.stderr.startswith("train.py: --use_vllm true: ")
     run_train(*swapped(flags, use_vllm="false"), processes=2)
     lines = read_metrics(tmp_path)
     assert lines[-1]["step"] == 4  # 7 rows, 2 a step
