@@ -53,6 +53,7 @@ from dist import World
 from grpo import Layer, distinct, logits_from_hidden_states, prefill
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
+START_TIMEOUT = 600.0  # seconds in which an engine starts; a large model is read from disk, graphs are captured
 COMPACT_AT = 0.75  # drop ended rows once at most this share is alive: copying the cache costs about one decoding step
 
 
@@ -249,7 +250,8 @@ class VLLMSampler:
 
     The policy's weights are sent when `generate` needs them, so several `take_weights` in between cost one transfer.
     Log-probabilities are those vLLM drew with: with top_k or top_p, of what these leave, renormalized.
-    `timeout`: seconds without a sign of life, at any point, after which the engine is killed. SamplerError when it ended.
+    `timeout`: seconds without a sign of life after which the engine is killed, once it has started. SamplerError when
+    it has ended.
     """
 
     def __init__(
@@ -311,7 +313,7 @@ class Engine:
     """vLLM in a process of its own. Whatever happens to it ends a call with a SamplerError, within `timeout` seconds."""
 
     def __init__(self, device: torch.device, engine_args: dict, backend: str, timeout: float, log: str | Path):
-        self.backend, self.timeout, self.log, self.silent = backend, timeout, log, False
+        self.backend, self.timeout, self.log, self.silent = backend, timeout, log, 0.0
         self.pipe, theirs = multiprocessing.Pipe()
         self.store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
         self.group: WeightGroup | None = None
@@ -350,13 +352,13 @@ class Engine:
 
     def wait_until_started(self) -> None:
         if self.starting:
-            self.reply()
+            self.reply(max(self.timeout, START_TIMEOUT))
             self.starting = False
 
-    def reply(self):
+    def reply(self, timeout: float | None = None):
         """What the engine's command returns; each of its signs of life starts the time limit anew."""
         while True:
-            with self.watched():
+            with self.watched(timeout):
                 kind, value = self.pipe.recv()
             if kind == "error":
                 raise self.failure(value)
@@ -364,9 +366,10 @@ class Engine:
                 return value
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, timeout: float | None = None) -> Iterator[None]:
         """What blocks in here fails as soon as the engine is gone, and the engine is gone after `timeout` seconds."""
-        watchdog = threading.Timer(self.timeout, self._silence)
+        timeout = timeout or self.timeout
+        watchdog = threading.Timer(timeout, self._silence, [timeout])
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -376,8 +379,8 @@ class Engine:
         finally:
             watchdog.cancel()
 
-    def _silence(self) -> None:
-        self.silent = True
+    def _silence(self, timeout: float) -> None:
+        self.silent = timeout
         self.kill()
 
     def failure(self, what: str = "") -> SamplerError:
@@ -386,7 +389,7 @@ class Engine:
         status = self.process.poll()
         self.kill()
         if self.silent:
-            what = f"gave no sign of life for {self.timeout:g} s (--vllm_timeout) and was killed"
+            what = f"gave no sign of life for {self.silent:g} s (--vllm_timeout) and was killed"
         elif not what:
             what = f"was killed by signal {-status}" if (status or 0) < 0 else f"ended with status {status}"
         return SamplerError(f"--use_vllm true: the engine {what}; its log is {self.log}")

@@ -807,7 +807,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--vllm_device", default="auto", help="auto, the first GPU no training process uses, or cuda:x")
     group("--vllm_gpu_memory_utilization", type=number(float, 0, 1, above=True), default=0.9, help="passed to vLLM")
     group("--vllm_max_model_len", type=whole, help="passed to vLLM")
-    group("--vllm_timeout", type=positive, default=300.0, help="seconds the engine may give no sign of life")
+    group("--vllm_timeout", type=positive, default=300.0, help="seconds the engine may give no sign of life, once started")
     group("--vllm_importance_sampling_correction", type=boolean, default=True, help="weight tokens by π_old / π_vLLM")
     group("--vllm_importance_sampling_clip_max", type=positive, default=3.0, help="and by this much at most")
 
