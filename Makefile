@@ -24,6 +24,7 @@ lint: .venv/installed-test
 
 bench: install         ## measure side by side
 	$(PY) bench/rewards.py
+	if $(PY) -c 'import vllm' 2> /dev/null; then $(PY) bench/sync.py; else echo 'no vLLM: make vllm, then bench/sync.py runs too'; fi
 
 clean:                 ## the environment, the model on disk, the demo's output
 	rm -rf .venv models/SmolLM2-135M-Instruct output/demo

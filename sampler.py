@@ -346,7 +346,9 @@ class Engine:
             device = next(model.parameters()).device
             self.group = self.group or WeightGroup(self.store, 0, self.backend, device, self.timeout)
             for name, tensor in lora.merged_parameters(model):
-                sent.add(name, self.group.send(tensor))
+                tensor, work = self.group.send(tensor)
+                sent.add(name, tensor)
+                work.wait()
         if self.reply() != sent.digest():
             raise self.failure("received other weights than were sent")
 
@@ -419,11 +421,10 @@ class WeightGroup:
             options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(interface="lo")], limit
             self.device, self.group = torch.device("cpu"), dist.ProcessGroupGloo(store, rank, 2, options)
 
-    def send(self, tensor: Tensor) -> Tensor:
-        """Send a tensor to the engine; returns what was sent."""
-        tensor = tensor.detach().to(self.device).contiguous()
-        self.group.send([tensor], 1, 0).wait()
-        return tensor
+    def send(self, tensor: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start to send a tensor to the engine; returns what is sent."""
+        tensor = tensor.to(self.device).contiguous()
+        return tensor, self.group.send([tensor], 1, 0)
 
     def receive(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)

@@ -537,8 +537,10 @@ def test_without_flags_the_demo_runs_and_prints_its_command(monkeypatch, capsys)
     seen = {}
     monkeypatch.setattr(train, "train", lambda args, world: seen.update(vars(args)))
     train.main([])
-    assert capsys.readouterr().out.strip() == f"python train.py {train.DEMO}"
+    assert capsys.readouterr().out.startswith(f"python train.py {train.DEMO} --torch_dtype ")
     assert seen["dataset"] == ["arithmetic"] and seen["val_dataset"] == ["arithmetic-test"]
+    train.main(["demo", "--use_vllm", "true", "--max_steps", "7"])
+    assert seen["use_vllm"] and seen["max_steps"] == 7 and seen["dataset"] == ["arithmetic"]
 
 
 def test_help_names_every_flag_of_the_spec(capsys):
