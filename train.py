@@ -328,7 +328,11 @@ def make_sampler(args: argparse.Namespace, world: dist.World, model, tokenizer) 
     if device == world.device and device.type == "cuda":
         say(world, f"vLLM shares {device}, the only GPU, with training")
     on_gpu = {"gpu_memory_utilization": args.vllm_gpu_memory_utilization}
-    on_cpu = {"kv_cache_memory_bytes": 2 << 30, "enforce_eager": True}  # compiling takes minutes and brings a tenth
+    on_cpu = {
+        "kv_cache_memory_bytes": 2 << 30,
+        "enforce_eager": True,  # compiling takes minutes and brings a tenth
+        "enable_chunked_prefill": False,  # with seeds, 0.32.0 fails on half a prompt: "CPU Generator does not use offset"
+    }
     engine_args = {
         "model": args.model,
         "dtype": args.torch_dtype,
@@ -339,9 +343,7 @@ def make_sampler(args: argparse.Namespace, world: dist.World, model, tokenizer) 
         **(on_gpu if device.type == "cuda" else on_cpu),
     }
     log = Path(args.output_dir) / "vllm.log"
-    sampler = VLLMSampler(model, world, device, engine_args, **settings, timeout=args.vllm_timeout, log=log)
-    atexit.register(sampler.close)
-    return sampler
+    return VLLMSampler(model, world, device, engine_args, **settings, timeout=args.vllm_timeout, log=log)
 
 
 def device_of_vllm(args: argparse.Namespace) -> torch.device:
@@ -809,7 +811,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--vllm_device", default="auto", help="auto, the first GPU no training process uses, or cuda:x")
     group("--vllm_gpu_memory_utilization", type=number(float, 0, 1, above=True), default=0.9, help="passed to vLLM")
     group("--vllm_max_model_len", type=whole, help="passed to vLLM")
-    group("--vllm_timeout", type=positive, default=300.0, help="seconds the engine may give no sign of life, once started")
+    group(
+        "--vllm_timeout", type=positive, default=300.0, help="seconds the engine may give no sign of life, once started"
+    )
     group("--vllm_importance_sampling_correction", type=boolean, default=True, help="weight tokens by π_old / π_vLLM")
     group("--vllm_importance_sampling_clip_max", type=positive, default=3.0, help="and by this much at most")
 

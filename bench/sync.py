@@ -32,7 +32,7 @@ REPEATS = 5
 
 def receive(port: int, shapes: list, dtype: torch.dtype) -> None:
     """The other side of the process group, which only receives."""
-    group = WeightGroup(torch.distributed.TCPStore("127.0.0.1", port, 2), 1, "gloo", CPU, 60)
+    group = WeightGroup(torch.distributed.TCPStore("127.0.0.1", port, 2), 1, "gloo", CPU)
     tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
     for _ in range(REPEATS):
         for tensor in tensors:
@@ -44,12 +44,12 @@ def measure(dtype: str) -> dict:
     tensors = [tensor for _, tensor in lora.plain_parameters(model)]
     copies = [torch.zeros_like(tensor) for tensor in tensors]
     settings = {"model": str(MODEL), "dtype": dtype, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-    engine = Engine(CPU, settings, "gloo", 300.0, "/dev/null")
+    engine = Engine(CPU, settings, "gloo", 300.0, "/tmp/bench-sync-vllm.log")
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     arguments = (store.port, [tensor.shape for tensor in tensors], tensors[0].dtype)
     peer = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)
     peer.start()
-    group = WeightGroup(store, 0, "gloo", CPU, 60)
+    group = WeightGroup(store, 0, "gloo", CPU)
 
     def copy():
         for target, source in zip(copies, tensors):
@@ -57,11 +57,12 @@ def measure(dtype: str) -> dict:
 
     def send():
         for tensor in tensors:
-            group.send(tensor)[1].wait()
+            group.group.send([tensor], 1, 0).wait()
 
     ways = {"copy": copy, "process group": send, "sync": lambda: engine.send_weights(model)}
     times = {name: [] for name in ways}
     try:
+        engine.wait_until_started()
         engine.send_weights(model)
         for _ in range(REPEATS):
             for name, way in ways.items():
@@ -82,7 +83,11 @@ if __name__ == "__main__":
     print(f"{'':10}{'MB':>8}{'copy s':>10}{'group s':>10}{'sync s':>10}{'sync / copy':>14}{'sync / group':>14}")
     for r in results:
         copied, sent, synced = r["seconds"].values()
-        print(f"{r['dtype']:10}{r['MB']:8.0f}{copied:10.3f}{sent:10.3f}{synced:10.3f}{synced / copied:14.1f}{synced / sent:14.1f}")
+        print(
+            f"{r['dtype']:10}{r['MB']:8.0f}{copied:10.3f}{sent:10.3f}{synced:10.3f}{synced / copied:14.1f}{synced / sent:14.1f}"
+        )
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     machine["bfloat16 instructions"] = has_bfloat16(CPU)
-    Path(__file__).with_suffix(".json").write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    Path(__file__).with_suffix(".json").write_text(
+        json.dumps({"machine": machine, "results": results}, indent=2) + "\n"
+    )
