@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -90,7 +91,9 @@ def start(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size > 1:
-        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        # Ranks wait here while rank 0's vLLM generates; torchrun and the engine's own limit see to what is lost.
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def stop() -> None:

@@ -195,6 +195,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {args.model}: no tokenizer there ({first_line(error)})") from error
+    needed, context = 0, config.get_text_config().max_position_embeddings
     for rows, flag in ((train_rows, "--dataset"), (val_rows, "--val_dataset")):
         if not rows:
             continue
@@ -206,20 +207,19 @@ def prepare(args: argparse.Namespace, world: dist.World):
         rows[:], dropped = data.encode(rows, tokenizer, args.max_length, args.dataset_num_proc)
         if dropped:
             say(world, f"{flag}: dropped {dropped} prompts of more than {args.max_length} tokens, {len(rows)} are left")
-        longest, context = max(len(row["prompt_ids"]) for row in rows), config.get_text_config().max_position_embeddings
+        longest = max(len(row["prompt_ids"]) for row in rows)
         if longest + args.max_completion_length > context:
             raise ValueError(
                 f"--max_completion_length {args.max_completion_length}: with a prompt of {longest} tokens that is more "
                 f"than the model's {context}; a shorter one, or --max_length {context - args.max_completion_length}, works"
             )
-        if (
-            args.use_vllm
-            and not longest + args.max_completion_length <= (args.vllm_max_model_len or context) <= context
-        ):
-            raise ValueError(
-                f"--vllm_max_model_len {args.vllm_max_model_len}: from {longest + args.max_completion_length} (a prompt of "
-                f"{longest} tokens and --max_completion_length {args.max_completion_length}) to the model's {context} works"
-            )
+        needed = max(needed, longest + args.max_completion_length)
+    if args.use_vllm and not needed <= (args.vllm_max_model_len or needed) <= context:
+        raise ValueError(
+            f"--vllm_max_model_len {args.vllm_max_model_len}: from {needed} (the longest prompt and "
+            f"--max_completion_length {args.max_completion_length}) to the model's {context} works"
+        )
+    args.vllm_max_model_len = args.vllm_max_model_len or needed
     if args.eval_steps and not args.val_dataset:  # only now, so that --max_length leaves neither side empty
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
@@ -237,6 +237,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         )
     if args.use_vllm:
         device_of_vllm(args)
+        if args.temperature < 0.01:
+            raise ValueError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
     if args.deepspeed == "zero3":
         raise ValueError("--deepspeed zero3: there is no ZeRO-3 yet; none and zero2 work")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
@@ -325,9 +327,11 @@ def make_sampler(args: argparse.Namespace, world: dist.World, model, tokenizer) 
     if not args.use_vllm:
         return ModelSampler(model, **settings)
     device = device_of_vllm(args)
-    if device == world.device and device.type == "cuda":
-        say(world, f"vLLM shares {device}, the only GPU, with training")
-    on_gpu = {"gpu_memory_utilization": args.vllm_gpu_memory_utilization}
+    shared = device.type == "cuda" and device == world.device
+    memory = args.vllm_gpu_memory_utilization or (0.3 if shared else 0.9)
+    if shared:
+        say(world, f"vLLM shares {device}, the only GPU, with training; --vllm_gpu_memory_utilization is {memory}")
+    on_gpu = {"gpu_memory_utilization": memory, "async_scheduling": False}  # nothing in flight when weights change
     on_cpu = {
         "kv_cache_memory_bytes": 2 << 30,
         "enforce_eager": True,  # compiling takes minutes and brings a tenth
@@ -347,6 +351,9 @@ def make_sampler(args: argparse.Namespace, world: dist.World, model, tokenizer) 
 
 
 def device_of_vllm(args: argparse.Namespace) -> torch.device:
+    """The engine's device, of rank 0's node; on other nodes there is none to find."""
+    if int(os.environ.get("GROUP_RANK", 0)):
+        return torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return vllm_device(args.vllm_device, gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -527,6 +534,9 @@ class Log:
         self.max_steps, self.unlogged, self.started = max_steps, unlogged, time.time()
         self.tensorboard = self.wandb = None
         self.warned = False
+        self.watches_drift = (
+            world.is_main and args.top_p == 1.0 and args.top_k == 0
+        )  # they make a difference of their own
         if not self.main:
             return
         if "tensorboard" in args.report_to:
@@ -558,7 +568,7 @@ class Log:
 
     def warn_of_drift(self, drift: dict[str, float]) -> None:
         """Say once when the sampler's policy is not the trainer's."""
-        if self.main and not self.warned and drift.get("sampler/logp_diff", 0.0) > MAX_DRIFT:
+        if self.watches_drift and not self.warned and drift.get("sampler/logp_diff", 0.0) > MAX_DRIFT:
             self.warned = True
             self.bar.write(
                 f"sampler/logp_diff is {drift['sampler/logp_diff']:.3f}, above {MAX_DRIFT}: what samples is not what is "
@@ -611,7 +621,7 @@ def start_folder(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
-    earlier = [p for n in ("args.json", "*.jsonl", "checkpoint-*", "runs") for p in folder.glob(n)]
+    earlier = [p for n in ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs") for p in folder.glob(n)]
     if args.resume_from_checkpoint:
         before = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
         changed = {k: v for k, v in vars(args).items() if k in before and before[k] != v and k not in NOT_THE_RUN}
@@ -809,8 +819,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("vLLM").add_argument
     group("--use_vllm", type=boolean, default=False, help="sample with vLLM")
     group("--vllm_device", default="auto", help="auto, the first GPU no training process uses, or cuda:x")
-    group("--vllm_gpu_memory_utilization", type=number(float, 0, 1, above=True), default=0.9, help="passed to vLLM")
-    group("--vllm_max_model_len", type=whole, help="passed to vLLM")
+    memory = "share of the GPU, passed to vLLM; 0.9, or 0.3 of one that trains, when absent"
+    group("--vllm_gpu_memory_utilization", type=number(float, 0, 1, above=True), help=memory)
+    group("--vllm_max_model_len", type=whole, help="passed to vLLM; the longest prompt and completion when absent")
     group(
         "--vllm_timeout", type=positive, default=300.0, help="seconds the engine may give no sign of life, once started"
     )
