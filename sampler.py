@@ -473,7 +473,11 @@ class Fingerprint:
         self.hash.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         bits = tensor.flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
         whole = len(bits) // 1024 * 1024
-        for part in (bits[:whole].view(-1, 1024).sum(0, dtype=torch.int64), bits[whole:]):
+        table = bits[:whole].view(-1, 1024)
+        # Few enough for one thread: on CPUs the engine's and the trainer's threads would wait for each other.
+        at_once = 31 if tensor.device.type == "cpu" else max(1, len(table))
+        sums = sum((part.sum(0, dtype=torch.int64) for part in table.split(at_once)), torch.tensor(0))
+        for part in (sums, bits[whole:]):
             self.hash.update(part.cpu().numpy())
 
     def digest(self) -> str:
