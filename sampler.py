@@ -491,24 +491,22 @@ def vllm_device(wanted: str, gpus: int, trainers: int) -> torch.device:
     """
     if wanted == "auto" and not gpus:
         return torch.device("cpu")
-    first = 0 if gpus == 1 else trainers  # a single GPU is shared
-    free = [f"cuda:{i}" for i in range(first, gpus)]
-    if trainers > gpus:
-        free = []
-    if wanted == "auto" and free:
-        return torch.device(free[0])
+    training = 0 if gpus == trainers == 1 else trainers  # a single GPU is shared
+    free = [f"cuda:{i}" for i in range(training, gpus)]
+    if wanted == "auto" and (free or not gpus):
+        return torch.device(free[0] if free else "cpu")
     if wanted in free:
         return torch.device(wanted)
-    works = f"auto or {' or '.join(free)} works" if free else f"{gpus - 1} processes would leave one free"
-    if gpus == 1 and not free:
-        works = "one process would share it"
     if not gpus:
-        works, problem = "auto, the CPU, works", "there is no GPU"
-    elif wanted == "auto" or wanted in [f"cuda:{i}" for i in range(trainers)]:
-        problem = f"{trainers} processes train on {gpus} GPUs" if wanted == "auto" else "a process trains on it"
+        raise ValueError(f"--vllm_device {wanted}: there is no GPU; auto, the CPU, works")
+    if wanted == "auto":
+        problem = f"{trainers} processes train on {gpus} GPUs"
+    elif wanted in [f"cuda:{i}" for i in range(min(training, gpus))]:
+        problem = "a process trains on it"
     else:
         problem = f"there is no such GPU among {gpus}"
-    raise ValueError(f"--vllm_device {wanted}: {problem}; {works}")
+    fewer = "one process would share it" if gpus == 1 else f"{gpus - 1} processes would leave one free"
+    raise ValueError(f"--vllm_device {wanted}: {problem}; " + (f"auto or {' or '.join(free)} works" if free else fewer))
 
 
 def engine_environment(device: torch.device) -> dict[str, str]:
