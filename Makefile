@@ -16,7 +16,8 @@ install: .venv/installed
 vllm: .venv/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
 
 test: .venv/installed-test model   ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests --ignore tests/test_train.py --ignore tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_train.py tests/test_vllm.py -n 2 --dist loadfile  # mostly processes that start
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

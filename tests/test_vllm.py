@@ -318,13 +318,13 @@ def test_logp_diff_stays_small_with_sync_and_grows_without(sync, tmp_path):
         + ("" if sync else "sampler.VLLMSampler.take_weights = lambda self, model: None\n")
     )
     flags = flags_for(EMBEDDED_MODEL, plugin, tmp_path / "out", reward_funcs=["brief", "format"], temperature=1.0)
-    more = "--use_vllm true --learning_rate 1e-3 --lr_scheduler_type constant --per_device_train_batch_size 4 --max_steps 10 "
-    more += "--max_completion_length 24 --deepspeed zero2"
+    more = "--use_vllm true --learning_rate 1e-3 --lr_scheduler_type constant --per_device_train_batch_size 4 "
+    more += f"--max_completion_length 24 --deepspeed zero2 --max_steps {10 if sync else 6}"
     run = start(*flags, *more.split(), processes=2)
     out, err = run.communicate(timeout=900)
     assert run.returncode == 0, err[-3000:]
     drift = [line["sampler/logp_diff"] for line in read_metrics(tmp_path / "out") if "sampler/logp_diff" in line]
-    assert len(drift) == 10
+    assert len(drift) == (10 if sync else 6)
     if sync:
         assert max(drift) < 0.02
         assert all(line["time/sync"] > 0 for line in read_metrics(tmp_path / "out"))
