@@ -81,7 +81,7 @@ def find_world() -> World:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices by itself: a CPU without such instructions is 8 times as fast in float32."""
+    """Whether the device multiplies bfloat16 matrices by itself; a CPU that does not is 8 times as fast in float32."""
     able = torch.cpu.get_capabilities()
     return device.type != "cpu" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -1,7 +1,8 @@
 """Sampling completions from the policy: the own sampler, on any transformers model, and vLLM.
 
-The own sampler. One call decodes all completions of a rank at once. A prompt is prefilled once and its keys and values are then copied
-to the rows of its G completions; each step feeds one token a row; rows whose completion has ended leave the batch.
+The own sampler. One call decodes all completions of a rank at once. A prompt is prefilled once and its keys and values
+are then copied to the rows of its G completions; each step feeds one token a row; rows whose completion has ended leave
+the batch.
 
     prompts   p1 p2            prefill once each
     rows      p1 p1 p1 p2 …    one a completion, its own random numbers each
@@ -596,19 +597,16 @@ def take_weights(llm, group: WeightGroup, tensors: list[tuple[str, torch.Size, t
     def load(worker) -> None:
         model, loaded = worker.model_runner.get_model(), set()
         load_weights = model.load_weights
-        model.load_weights = lambda weights: loaded.update(
-            load_weights(weights)
-        )  # reload_weights only logs what it lacks
+        model.load_weights = lambda weights: loaded.update(load_weights(weights))
         try:
             worker.model_runner.reload_weights(weights_iterator=arriving())
         finally:
             del model.load_weights
-        if missing := {name for name, _ in model.named_parameters()} - loaded:
+        if missing := {name for name, _ in model.named_parameters()} - loaded:  # reload_weights only logs them
             raise RuntimeError(f"{len(missing)} of its weights were not sent, {min(missing)} among them")
+        # A head tied to the embedding is passed over, but on CPUs it has packed a copy.
         head = getattr(model, "lm_head", None)
-        if hasattr(
-            head, "quant_method"
-        ):  # a head tied to the embedding is passed over, but on CPUs it has packed a copy
+        if hasattr(head, "quant_method"):
             head.quant_method.process_weights_after_loading(head)
 
     llm.collective_rpc(load)

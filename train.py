@@ -214,12 +214,13 @@ def prepare(args: argparse.Namespace, world: dist.World):
                 f"than the model's {context}; a shorter one, or --max_length {context - args.max_completion_length}, works"
             )
         needed = max(needed, longest + args.max_completion_length)
-    if args.use_vllm and not needed <= (args.vllm_max_model_len or needed) <= context:
-        raise ValueError(
-            f"--vllm_max_model_len {args.vllm_max_model_len}: from {needed} (the longest prompt and "
-            f"--max_completion_length {args.max_completion_length}) to the model's {context} works"
-        )
-    args.vllm_max_model_len = args.vllm_max_model_len or needed
+    if args.use_vllm:
+        args.vllm_max_model_len = args.vllm_max_model_len or needed
+        if not needed <= args.vllm_max_model_len <= context:
+            raise ValueError(
+                f"--vllm_max_model_len {args.vllm_max_model_len}: from {needed} (the longest prompt and "
+                f"--max_completion_length {args.max_completion_length}) to the model's {context} works"
+            )
     if args.eval_steps and not args.val_dataset:  # only now, so that --max_length leaves neither side empty
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
@@ -534,9 +535,8 @@ class Log:
         self.max_steps, self.unlogged, self.started = max_steps, unlogged, time.time()
         self.tensorboard = self.wandb = None
         self.warned = False
-        self.watches_drift = (
-            world.is_main and args.top_p == 1.0 and args.top_k == 0
-        )  # they make a difference of their own
+        # top_p and top_k make a difference of their own.
+        self.watches_drift = world.is_main and args.top_p == 1.0 and args.top_k == 0
         if not self.main:
             return
         if "tensorboard" in args.report_to:

@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def measure(dtype: str) -> dict:
     tensors = [tensor for _, tensor in lora.plain_parameters(model)]
     copies = [torch.zeros_like(tensor) for tensor in tensors]
     settings = {"model": str(MODEL), "dtype": dtype, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-    engine = Engine(CPU, settings, "gloo", 300.0, "/tmp/bench-sync-vllm.log")
+    engine = Engine(CPU, settings, "gloo", 300.0, Path(tempfile.gettempdir()) / "bench-sync-vllm.log")
     store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     arguments = (store.port, [tensor.shape for tensor in tensors], tensors[0].dtype)
     peer = multiprocessing.get_context("spawn").Process(target=receive, args=arguments)

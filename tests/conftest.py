@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,17 +88,30 @@ def plugin(tmp_path_factory) -> Path:
     return file
 
 
-def run_train(*flags, processes: int = 1, check: bool = True, **env) -> subprocess.CompletedProcess:
+def start_train(*flags, processes: int = 1, **env) -> subprocess.Popen:
     """train.py in processes of its own, as a user starts it, one thread each."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / "train.py"), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-    if check and result.returncode:
-        raise AssertionError(f"exit {result.returncode}: {' '.join(command)}\n{result.stdout}\n{result.stderr}")
-    return result
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+
+
+def run_train(*flags, processes: int = 1, check: bool = True, **env) -> subprocess.CompletedProcess:
+    """The same, until it has ended."""
+    with start_train(*flags, processes=processes, **env) as run:
+        try:
+            out, err = run.communicate(timeout=600)
+        except BaseException:
+            run.kill()
+            raise
+    if check and run.returncode:
+        raise AssertionError(f"exit {run.returncode}: {' '.join(run.args)}\n{out}\n{err}")
+    return subprocess.CompletedProcess(run.args, run.returncode, out, err)
 
 
 def read_metrics(folder: Path, evaluations: bool = False) -> list[dict]:

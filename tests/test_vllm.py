@@ -5,14 +5,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED_MODEL, ROOT, read_metrics, tiny_model
+from conftest import EMBEDDED_MODEL, ROOT, read_metrics, start_train, tiny_model
 from test_train import flags_for, guide_flags, numina, swapped  # noqa: F401
 
 import data
@@ -320,7 +318,7 @@ def test_logp_diff_stays_small_with_sync_and_grows_without(sync, tmp_path):
     flags = flags_for(EMBEDDED_MODEL, plugin, tmp_path / "out", reward_funcs=["brief", "format"], temperature=1.0)
     more = "--use_vllm true --learning_rate 1e-3 --lr_scheduler_type constant --per_device_train_batch_size 4 "
     more += f"--max_completion_length 24 --deepspeed zero2 --max_steps {10 if sync else 6}"
-    run = start(*flags, *more.split(), processes=2)
+    run = start_train(*flags, *more.split(), processes=2)
     out, err = run.communicate(timeout=900)
     assert run.returncode == 0, err[-3000:]
     drift = [line["sampler/logp_diff"] for line in read_metrics(tmp_path / "out") if "sampler/logp_diff" in line]
@@ -333,27 +331,15 @@ def test_logp_diff_stays_small_with_sync_and_grows_without(sync, tmp_path):
         assert "above 0.1: what samples is not what is trained" in out + err
 
 
-def start(*flags, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / "train.py"), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
-
-
 def engines() -> list[int]:
-    """Processes that run an engine."""
+    """Processes that run an engine of this checkout's."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if len(words) > 2 and words[1].endswith(b"sampler.py"):
+        if len(words) > 2 and words[1] == bytes(ROOT / "sampler.py"):
             found.append(int(path.parent.name))
     return found
 
@@ -378,7 +364,7 @@ def test_however_it_ends_every_process_is_gone_in_time(case, small_folder, plugi
     before, memory = engines(), set(os.listdir("/dev/shm"))
     kind, whom, processes, status, message = ENDS[case]
     flags = flags_for(small_folder, plugin, tmp_path / "out", max_steps=10_000, max_completion_length=64)
-    run = start(*flags, "--use_vllm", "true", "--vllm_timeout", "10", processes=processes)
+    run = start_train(*flags, "--use_vllm", "true", "--vllm_timeout", "10", processes=processes)
     try:
         deadline = time.monotonic() + 240
         while steps(tmp_path / "out") < 3:
@@ -414,7 +400,7 @@ def test_the_guides_multi_gpu_command_runs_with_vllm_and_draws_what_one_process_
         if processes == 1:
             flags = swapped(flags, per_device_train_batch_size=2, per_device_eval_batch_size=2)
         flags += ["--num_generations_eval", "2"]
-        run = start(*flags, processes=processes)
+        run = start_train(*flags, processes=processes)
         _, err = run.communicate(timeout=300)
         assert run.returncode == 0, err[-3000:]
         lines = read_metrics(folder)
