@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -46,12 +47,13 @@ from sampler import ModelSampler, Sampler, SamplerError, VLLMSampler, vllm_devic
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and --dataset_num_proc's forks do not mix
 transformers_logging.disable_progress_bar()
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "SmolLM2-135M-Instruct"
+PLUGIN = Path(__file__).parent / "examples" / "train" / "grpo" / "plugin" / "close.py"
 DEMO = (
-    "--dataset arithmetic --val_dataset arithmetic-test --reward_funcs accuracy format --reward_weights 1 0.2 "
-    "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 5e-4 --lr_scheduler_type linear --beta 0 "
-    "--num_generations 8 --temperature 1.0 --max_completion_length 32 --max_steps 32 "
-    "--per_device_train_batch_size 64 --gradient_accumulation_steps 2 --log_completions true "
-    "--num_generations_eval 1 --per_device_eval_batch_size 256 --eval_on_start true --eval_steps 8"
+    "--dataset arithmetic --val_dataset arithmetic-test "
+    f"--external_plugins {shlex.quote(str(PLUGIN))} --reward_funcs accuracy format close --reward_weights 1 0.2 1 "
+    "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 --learning_rate 3e-4 "
+    "--lr_scheduler_type linear --beta 0 --num_generations 4 --temperature 1.0 --max_completion_length 32 "
+    "--max_steps 110 --log_completions true --num_generations_eval 1 --eval_on_start true --eval_steps 22"
 )
 
 
@@ -878,11 +880,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def demo(world: dist.World) -> list[str]:
+    """The demo's flags, 128 completions a step for any number of processes that divides them; rank 0 prints them."""
+    accumulation = 2 if world.size == 1 else 1  # no more than 64 at a time: less memory
+    argv = [*shlex.split(DEMO), "--torch_dtype", "bfloat16" if dist.has_bfloat16(world.device) else "float32"]
+    argv += ["--per_device_train_batch_size", str(128 // (world.size * accumulation))]
+    argv += ["--gradient_accumulation_steps", str(accumulation)]
+    argv += ["--per_device_eval_batch_size", str(256 // world.size)]
+    program = "python" if world.size == 1 else f"torchrun --nproc_per_node {world.size}"
+    say(world, f"{program} train.py {shlex.join(argv)}")
+    return argv
+
+
 def main(argv: list[str]) -> None:
     if not argv or argv[0] == "demo":
-        fast = "bfloat16" if dist.has_bfloat16(dist.find_world().device) else "float32"
-        argv = [*DEMO.split(), "--torch_dtype", fast, *argv[1:]]
-        print(f"python train.py {' '.join(argv)}", flush=True)
+        argv = [*demo(dist.find_world()), *argv[1:]]
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
     try:

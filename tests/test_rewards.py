@@ -547,6 +547,21 @@ def test_the_guides_plugin_loads_and_scores():
     assert run(Rewards(["dummy"]), ["a" * 1024, "a" * 1025]) == [[0.0], [1.0]]
 
 
+def test_close_pays_for_near_misses_and_only_for_an_answer_that_is_a_whole_number():
+    load_plugins([str(ROOT / "examples/train/grpo/plugin/close.py")])
+    answers = ["43", "33", "-7", "44.", "", "1" * 30]
+    completions = [f"<think>27 + 16</think><answer>{answer}</answer>" for answer in answers] + ["43"]
+    assert run(Rewards(["close"]), completions, solution=["43"] * 7) == [
+        [1.0],
+        [0.75],
+        [0.0],
+        [0.0],
+        [0.0],
+        [0.0],
+        [0.0],
+    ]
+
+
 def test_the_readmes_plugin_loads_and_scores(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     load_plugins([plugin(tmp_path, code)])

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, read_metrics, run_train
 from safetensors.torch import load_file
 
+import dist
 import train
 
 
@@ -541,6 +542,14 @@ def test_without_flags_the_demo_runs_and_prints_its_command(monkeypatch, capsys)
     assert seen["dataset"] == ["arithmetic"] and seen["val_dataset"] == ["arithmetic-test"]
     train.main(["demo", "--use_vllm", "true", "--max_steps", "7"])
     assert seen["use_vllm"] and seen["max_steps"] == 7 and seen["dataset"] == ["arithmetic"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_demo_has_the_same_batch_in_any_number_of_processes(size):
+    args = train.parse_args(train.demo(dist.World(0, size, torch.device("cpu"))))
+    train.check(args, size)
+    assert size * args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    assert size * args.per_device_eval_batch_size == 256
 
 
 def test_help_names_every_flag_of_the_spec(capsys):
