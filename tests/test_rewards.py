@@ -551,15 +551,9 @@ def test_close_pays_for_near_misses_and_only_for_an_answer_that_is_a_whole_numbe
     load_plugins([str(ROOT / "examples/train/grpo/plugin/close.py")])
     answers = ["43", "33", "-7", "44.", "", "1" * 30]
     completions = [f"<think>27 + 16</think><answer>{answer}</answer>" for answer in answers] + ["43"]
-    assert run(Rewards(["close"]), completions, solution=["43"] * 7) == [
-        [1.0],
-        [0.75],
-        [0.0],
-        [0.0],
-        [0.0],
-        [0.0],
-        [0.0],
-    ]
+    close = Rewards(["close"])
+    assert [score for (score,) in run(close, completions, solution=["43"] * 7)] == [1.0, 0.75, 0, 0, 0, 0, 0]
+    assert run(close, completions[:2], solution=["43.5", None]) == [[None], [None]]  # nothing to be near to
 
 
 def test_the_readmes_plugin_loads_and_scores(tmp_path):

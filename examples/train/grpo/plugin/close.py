@@ -11,8 +11,16 @@ REACH = 40  # how far off earns nothing
 
 
 def close(completions, solution, **columns):
-    answers = [re.search(r"<answer>\s*(-?\d{1,9})\s*</answer>", completion) for completion in completions]
-    return [max(0.0, 1 - abs(int(a[1]) - int(s)) / REACH) if a else 0.0 for a, s in zip(answers, solution)]
+    return [closeness(completion, reference) for completion, reference in zip(completions, solution)]
+
+
+def closeness(completion: str, reference: str | None) -> float | None:
+    """From 0 to 1; None, which does not count, where the reference is no whole number."""
+    right = re.fullmatch(r"-?\d{1,9}", reference or "")
+    answer = re.search(r"<answer>\s*(-?\d{1,9})\s*</answer>", completion)
+    if not right:
+        return None
+    return max(0.0, 1 - abs(int(answer[1]) - int(right[0])) / REACH) if answer else 0.0
 
 
 orms["close"] = close
