@@ -17,20 +17,18 @@ two-sided ε, a mean over all tokens): both are plain functions of small tensors
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in float32
-TOKENS_AT_ONCE = 4096  # in one forward pass: enough for the matrix products
-MAX_SCORES = 1 << 25  # 64 MiB of attention scores a layer in bfloat16; see grouped_attention
+QUERIES_AT_ONCE = 256  # of one completion: what the causal mask hides behind them is not computed
+MAX_SCORES = 1 << 23  # attention scores at once, some 100 MiB while they are worked on
 
 
 def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
@@ -110,68 +108,210 @@ def completion_logps(
     """Log-probabilities of completions under the sampling distribution, softmax(logits / temperature).
 
     B prompts and B completions, ragged → logps (B, T), entropies (B, T) without a gradient, completion_mask (B, T), in
-    float32 (float64 for a float64 model), right-padded with 0. Completions of one prompt should stand side by side.
+    float32 (float64 for a float64 model), right-padded with 0.
     """
-    device = next(model.parameters()).device
-    completions, completion_mask = pad(completion_ids, "right", device)
-    hidden = completion_hidden_states(model, prompt_ids, completions, completion_mask)
+    completions, completion_mask = pad(completion_ids, "right", next(model.parameters()).device)
     mask = completion_mask.bool()
-    token_logps, token_entropies = logps_from_hidden_states(model, hidden[mask], completions[mask], temperature)
-    logps = torch.zeros(mask.shape, dtype=token_logps.dtype, device=device)
+    hidden = completion_hidden_states(model, prompt_ids, completion_ids)
+    token_logps, token_entropies = logps_from_hidden_states(model, hidden, completions[mask], temperature)
+    logps = torch.zeros(mask.shape, dtype=token_logps.dtype, device=mask.device)
     entropies = torch.zeros_like(logps).masked_scatter(mask, token_entropies)
     return logps.masked_scatter(mask, token_logps), entropies, completion_mask
 
 
 def completion_hidden_states(
-    model: torch.nn.Module, prompt_ids: Sequence[Sequence[int]], completions: Tensor, completion_mask: Tensor
+    model: torch.nn.Module, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
 ) -> Tensor:
-    """The last hidden states that predict each completion token, (B, T, D).
+    """The last hidden states that predict each completion token, one completion after the other, (tokens, D).
 
-    Each completion continues from its own prompt's keys and values, which `prefill` computed once for the whole group.
-    The gradient takes the same way back, so it is that of the plain forward pass at a fraction of the work: for the
-    arithmetic task, 8 groups of 8, some 1,700 tokens run instead of 11,000. Gradient checkpointing rules out a cache,
-    so there the plain pass is taken.
+    All tokens run in one row without padding, and each prompt, and what all prompts begin with, runs once: for the
+    arithmetic task, 16 groups of 4, some 1,700 tokens instead of 11,000. Models that cannot do so (see
+    `use_grouped_attention`) take the plain pass.
     """
-    decoder, device = model.get_decoder(), completions.device
-    if getattr(model, "is_gradient_checkpointing", False):
-        prompts, prompt_mask = pad(prompt_ids, "left", device)
-        mask = torch.cat([prompt_mask, completion_mask], dim=1)
-        ids = torch.cat([prompts, completions], dim=1)
-        out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-        return out.last_hidden_state[:, prompts.shape[1] - 1 : -1]
+    decoder, device = model.get_decoder(), next(model.parameters()).device
+    if model.config._attn_implementation == "grouped":
+        pack = Pack(prompt_ids, completion_ids, model.config.get_text_config(), device)
+        return pack.run(decoder).index_select(0, pack.predicting)
 
-    prompts, row_of = distinct(prompt_ids, device)
-    first, cache, prompt_mask = prefill(model, prompts)
-    lengths = completion_mask.sum(1)
-    by_length = lengths.argsort(descending=True)
-    parts = []
-    for rows in by_length.split(like_sizes(lengths[by_length].tolist())):
-        own = row_of[rows]
-        hidden = first[own, None]  # a prompt's last position predicts the first completion token
-        inputs = completions[rows, : lengths[rows[0]] - 1]
-        if inputs.shape[1]:
-            mask = torch.cat([prompt_mask[own], completion_mask[rows, : inputs.shape[1]]], dim=1)
-            out = decoder(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions(mask)[:, prompt_mask.shape[1] :],
-                past_key_values=Cache(layers=[layer.select(own) for layer in cache.layers]),
-                use_cache=True,
-            )
-            hidden = torch.cat([hidden, out.last_hidden_state], dim=1)
-        parts.append(F.pad(hidden, (0, 0, 0, completions.shape[1] - hidden.shape[1])))
-    return torch.cat(parts)[by_length.argsort()]
+    prompts, prompt_mask = pad(prompt_ids, "left", device)
+    completions, completion_mask = pad(completion_ids, "right", device)
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    ids = torch.cat([prompts, completions], dim=1)
+    out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    return out.last_hidden_state[:, prompts.shape[1] - 1 : -1][completion_mask.bool()]
 
 
-def like_sizes(lengths: Sequence[int]) -> list[int]:
-    """How many rows, longest first, to run together, so that at most a fifth of a row is padding."""
-    sizes, longest = [], 0
-    for length in lengths:
-        if length < 0.8 * longest or not sizes or longest * (sizes[-1] + 1) > TOKENS_AT_ONCE:
-            sizes.append(0)
-            longest = length
-        sizes[-1] += 1
-    return sizes
+class Pack:
+    """A micro-batch as one row of N tokens, and who attends to whom.
+
+        [ what all prompts begin with | rest of p1 | rest of p2 | … | o1 | o2 | o3 | … ]
+
+    A completion continues the rest of its prompt, which continues the shared beginning, so a token's path is a list of
+    places in the row, the token's own at its end.
+
+    ids, positions: (1, N); shared: length of the beginning; predicting: for each completion token the place of the
+    token in front of it; blocks: all of the row's tokens, in parts that attend together; rests: the places of each
+    distinct prompt's rest; keys_and_values: a list for those of all layers, (N, key heads, d) each, or None.
+    """
+
+    def __init__(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], config, device):
+        prompts, row_of = distinct(prompt_ids, device)
+        ids, positions, paths, predicting = [], [], [], []
+
+        def append(tokens: Sequence[int], position: int, behind: list[int]) -> list[int]:
+            places = list(range(len(ids), len(ids) + len(tokens)))
+            ids.extend(tokens)
+            positions.extend(range(position, position + len(tokens)))
+            # For every QUERIES_AT_ONCE tokens: their places, and their path behind the shared beginning.
+            ends = range(QUERIES_AT_ONCE, len(tokens) + QUERIES_AT_ONCE, QUERIES_AT_ONCE)
+            paths.extend((places[end - QUERIES_AT_ONCE : end], behind + places[:end]) for end in ends)
+            return behind + places
+
+        beginning = shared_beginning(prompts, config)
+        self.shared = len(beginning)
+        append(beginning, 0, [])
+        blocks, paths = [([query], [keys], 0) for query, keys in paths], []
+        rests = [append(prompt[self.shared :], self.shared, []) for prompt in prompts]
+        for row, completion in zip(row_of.tolist(), completion_ids):
+            path = append(completion[:-1], len(prompts[row]), rests[row])
+            predicting += path[len(rests[row]) - 1 :]
+        paths.sort(key=lambda path: (len(path[0]), len(path[1])), reverse=True)
+        blocks += [(*zip(*part), self.shared) for part in like_sizes(paths, config.num_attention_heads, self.shared)]
+        self.ids, self.positions = torch.tensor([ids], device=device), torch.tensor([positions], device=device)
+        self.predicting = torch.tensor(predicting, device=device)
+        self.blocks = [Block(*block, self.positions[0]) for block in blocks]
+        self.rests, self.keys_and_values = rests, None
+
+    def run(self, decoder: torch.nn.Module) -> Tensor:
+        """The last hidden state of each token, (N, D)."""
+        no_mask = self.ids.new_empty(1, 1, 1, 1, dtype=torch.bool)  # without any, transformers makes one of N × N
+        settings = {"attention_mask": no_mask, "use_cache": False, "pack": self}
+        return decoder(input_ids=self.ids, position_ids=self.positions, **settings).last_hidden_state[0]
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]], config) -> list[int]:
+    """What all prompts begin with (the system prompt, a worked example), without the last token of any.
+
+    Nothing for models with sliding windows: what lies outside of one would have to be told for each row.
+    """
+    return [] if getattr(config, "sliding_window", None) else os.path.commonprefix([list(p[:-1]) for p in prompts])
+
+
+def like_sizes(paths: list[tuple], heads: int, shared: int) -> Iterator[list[tuple]]:
+    """Parts of a list of (queries, keys), longest queries first, that make tables of MAX_SCORES at most and of like
+    rows."""
+    part = []
+    for queries, keys in paths:
+        rows, columns = len(part) + 1, shared + max([len(keys)] + [len(k) for _, k in part[:1]])
+        longest = len(part[0][0]) if part else 0
+        if part and (len(queries) < 0.6 * longest or rows * heads * longest * columns > MAX_SCORES):
+            yield part
+            part = []
+        part.append((queries, keys))
+    if part:
+        yield part
+
+
+class Block:
+    """R rows of a pack that attend together, padded to T queries and L keys, beside the `shared` first tokens."""
+
+    def __init__(self, queries: Sequence[list[int]], keys: Sequence[list[int]], shared: int, positions: Tensor):
+        self.queries, query_mask = pad(queries, "right", positions.device)  # (R, T): places in the pack
+        self.keys, self.key_mask = pad(keys, "right", positions.device)  # (R, L)
+        self.query_mask, self.shared, self.positions = query_mask.bool(), shared, positions
+        self.biases: dict[int | None, Tensor] = {}
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 for the keys that a query attends to, very negative elsewhere, (R, 1, T, L)."""
+        if window not in self.biases:
+            distance = self.positions[self.queries][:, :, None] - self.positions[self.keys][:, None]
+            hidden = (self.key_mask[:, None] == 0) | (distance < 0) | (window is not None and distance >= (window or 0))
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.biases[window] = bias.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+        return self.biases[window]
+
+    def weights(self, query: Tensor, key: Tensor, window: int | None) -> tuple[Tensor, ...]:
+        """query (N, heads, d), scaled; key (N, key heads, d) → q, k, and the attention weights on the shared beginning
+        and on k, both (key heads, R, queries, ·): all query heads that share a key head are queries of it."""
+        q = self.take(query, self.queries, key.shape[1])
+        k = self.take(key, self.keys, key.shape[1])
+        bias = self.bias(window, query.dtype)
+        scores = q @ k.transpose(2, 3)
+        scores = scores.unflatten(2, (-1, bias.shape[2])).add_(bias).flatten(2, 3)
+        if self.shared:
+            beginning = (q.flatten(1, 2) @ key[: self.shared].permute(1, 2, 0)).unflatten(1, q.shape[1:3])
+            scores = torch.cat([beginning, scores], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+        return q, k, weights[..., : self.shared], weights[..., self.shared :]
+
+    def take(self, x: Tensor, places: Tensor, key_heads: int) -> Tensor:
+        """x (N, heads, d) at places (R, n) → (key heads, R, heads / key heads · n, d)."""
+        rows = x.index_select(0, places.flatten()).view(*places.shape, key_heads, -1, x.shape[-1])
+        return rows.permute(2, 0, 3, 1, 4).flatten(2, 3)
+
+    def put_back(self, q: Tensor, out: Tensor) -> None:
+        """Write rows of queries as `take` gives them to their places in out (N, heads, d)."""
+        rows = q.unflatten(2, (-1, self.queries.shape[1])).permute(1, 3, 0, 2, 4).flatten(2, 3)
+        out.index_copy_(0, self.queries[self.query_mask], rows[self.query_mask])
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention along the paths of a pack, without a table of N × N, and none kept for the backward pass.
+
+    query (N, heads, d), key and value (N, key heads, d) → (N, heads, d). As FlashAttention does (Dao et al., arXiv
+    2205.14135), the backward pass makes the weights P once more: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(P ∘ dP)),
+    dQ = dS K, dK = dSᵀ Q. The beginning that all rows share is one matrix product for all of them.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float, window: int | None) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.pack, ctx.scale, ctx.window = pack, scale, window
+        out, scaled = query.new_empty(query.shape), query * scale
+        for block in pack.blocks:
+            q, _, on_shared, on_own = block.weights(scaled, key, window)
+            result = on_own @ block.take(value, block.keys, value.shape[1])
+            if block.shared:
+                of_shared = on_shared.flatten(1, 2) @ value[: block.shared].transpose(0, 1)
+                result += of_shared.view(result.shape)
+            block.put_back(result, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        scaled, grad_query = query * ctx.scale, query.new_empty(query.shape)
+        # Many rows add to one key, so in float32.
+        grad_key, grad_value = torch.zeros(
+            2, *key.shape, dtype=torch.promote_types(key.dtype, torch.float32), device=key.device
+        )
+
+        def add(sums: Tensor, rows: Tensor, block: Block) -> None:  # (key heads, R, L, d) to their places
+            sums.index_add_(0, block.keys.flatten(), rows.permute(1, 2, 0, 3).flatten(0, 1).to(sums.dtype))
+
+        for block in ctx.pack.blocks:
+            q, k, on_shared, on_own = block.weights(scaled, key, ctx.window)
+            dout = block.take(grad, block.queries, key.shape[1])
+            padding = ~block.query_mask[:, None].expand(-1, q.shape[2] // block.queries.shape[1], -1).flatten(1)
+            dout = dout.masked_fill(padding[..., None], 0.0)
+            v = block.take(value, block.keys, value.shape[1])
+            add(grad_value, on_own.transpose(2, 3) @ dout, block)
+            weights, dweights = on_own, dout @ v.transpose(2, 3)
+            if block.shared:
+                flat = dout.flatten(1, 2)
+                grad_value[: block.shared] += (on_shared.flatten(1, 2).transpose(1, 2) @ flat).transpose(0, 1)
+                dshared = (flat @ value[: block.shared].permute(1, 2, 0)).view(on_shared.shape)
+                weights, dweights = torch.cat([on_shared, on_own], -1), torch.cat([dshared, dweights], -1)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dshared, down = dscores[..., : block.shared], dscores[..., block.shared :]
+            dq = down @ k
+            add(grad_key, down.transpose(2, 3) @ q, block)
+            if block.shared:
+                dshared = dshared.flatten(1, 2)
+                dq += (dshared @ key[: block.shared].transpose(0, 1)).view(dq.shape)
+                grad_key[: block.shared] += (dshared.transpose(1, 2) @ q.flatten(1, 2)).transpose(0, 1)
+            block.put_back(dq, grad_query)
+        return grad_query.mul_(ctx.scale), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def distinct(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -179,67 +319,6 @@ def distinct(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple
     rows: dict[tuple[int, ...], int] = {}
     row_of = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompt_ids]
     return list(rows), torch.tensor(row_of, device=device)
-
-
-def prefill(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache, Tensor]:
-    """Run P different prompts → last hidden states (P, D), their keys and values, and the mask (P, L) of the latter.
-
-    What all of them begin with (the system prompt, a worked example) runs once, in a batch of one; then each prompt
-    continues from it. Prompts of different lengths are padded in front of where they differ; transformers measures a
-    sliding window over that padding too, so models with such windows share nothing and are padded on the left.
-    """
-    decoder, device, config = model.get_decoder(), next(model.parameters()).device, model.config
-    sharing = config._attn_implementation == "grouped" and not getattr(config.get_text_config(), "sliding_window", None)
-    shared = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts]) if sharing else []
-    cache = DynamicCache()  # without the configuration: sliding windows keep their history, the mask hides it
-    if shared:
-        decoder(input_ids=torch.tensor([shared], device=device), past_key_values=cache, use_cache=True)
-    beginnings = [(layer.keys, layer.values) for layer in cache.layers]
-    cache = Cache(layers=[Layer(b) for b in beginnings or [None] * config.get_text_config().num_hidden_layers])
-    rest, rest_mask = pad([prompt[len(shared) :] for prompt in prompts], "left", device)
-    mask = torch.cat([rest_mask.new_ones(len(prompts), len(shared)), rest_mask], dim=1)
-    out = decoder(
-        input_ids=rest,
-        attention_mask=mask,
-        position_ids=positions(mask)[:, len(shared) :],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return out.last_hidden_state[:, -1], cache, mask
-
-
-class Layer(DynamicLayer):
-    """One layer's keys and values: those of the beginning that all rows share, once, and each row's own.
-
-    beginning: keys and values (1, heads, L0, head_dim), or None; own: (B, heads, L, head_dim). With a beginning,
-    attention gets both as a pair, and `grouped_attention` knows what to do with it.
-    """
-
-    def __init__(
-        self, beginning: tuple[Tensor, Tensor] | None, keys: Tensor | None = None, values: Tensor | None = None
-    ):
-        super().__init__()
-        self.beginning = beginning
-        if keys is not None:
-            self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
-            self.is_initialized = True
-
-    def select(self, rows: Tensor) -> "Layer":
-        return Layer(self.beginning, self.keys.index_select(0, rows), self.values.index_select(0, rows))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        own = self.append(key_states, value_states)
-        return tuple(zip(self.beginning, own)) if self.beginning else own
-
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new positions behind each row's own → all of its own."""
-        return super().update(key_states, value_states)
-
-    def own_length(self) -> int:
-        return super().get_seq_length()
-
-    def get_seq_length(self) -> int:
-        return (self.beginning[0].shape[2] if self.beginning else 0) + self.own_length()
 
 
 def logps_from_hidden_states(
@@ -255,9 +334,10 @@ class HeadLogps(torch.autograd.Function):
     """The output head and log softmax(logits / temperature) in one, so that the (N, vocabulary) table never exists.
 
     The head is applied to as many tokens at a time as make LOGITS_AT_ONCE logits, in memory that every chunk uses
-    again; the backward pass makes the logits once more. 16 completions of 2,048 tokens with a vocabulary of 152 k would
-    take 20 GB; this takes less than 200 MiB, whatever the vocabulary. The gradient of a log-probability by its logits is
-    (one-hot of the target - softmax) / temperature; the entropies have none.
+    again. 16 completions of 2,048 tokens with a vocabulary of 152 k would take 20 GB; this takes less than 200 MiB,
+    whatever the vocabulary. The gradient of a log-probability by its logits is (one-hot of the target - softmax) /
+    temperature; the entropies have none. A token's log-probability depends on its own hidden state alone, so the
+    gradient by that, (N, D), is made while the logits are there; only a head that is trained itself needs them again.
     """
 
     @staticmethod
@@ -267,10 +347,15 @@ class HeadLogps(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         scratch = torch.empty(2, min(size, len(hidden)), vocabulary, dtype=dtype, device=hidden.device)
         logps, entropies, normalizers = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
+        ahead = ctx.needs_input_grad[0] and not trained
+        slopes = torch.empty_like(hidden) if ahead else None
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits, weights = scratch[:, : len(targets[part])]
-            logits.copy_(head(hidden[part]))
+            with torch.set_grad_enabled(ahead):
+                inputs = hidden[part].detach().requires_grad_(ahead)
+                outputs = head(inputs)
+            logits.copy_(outputs.detach())
             if temperature != 1.0:
                 logits.div_(temperature)
             chosen = logits.gather(1, targets[part, None])[:, 0]
@@ -279,13 +364,20 @@ class HeadLogps(torch.autograd.Function):
             normalizers[part] = largest + total.log()
             logps[part] = chosen - normalizers[part]
             entropies[part] = total.log() - logits.mul_(weights).sum(1) / total
-        ctx.save_for_backward(hidden, targets, normalizers, *trained)
+            if ahead:
+                weights.div_(-temperature * total[:, None])
+                weights.scatter_add_(1, targets[part, None], torch.full_like(chosen, 1 / temperature)[:, None])
+                (slopes[part],) = torch.autograd.grad(outputs, inputs, weights.to(outputs.dtype))
+        ctx.save_for_backward(*((slopes,) if ahead else (hidden, targets, normalizers, *trained)))
         ctx.temperature, ctx.head, ctx.size, ctx.vocabulary = temperature, head, size, vocabulary
         ctx.mark_non_differentiable(entropies)
         return logps, entropies
 
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        if len(ctx.saved_tensors) == 1:
+            (slopes,) = ctx.saved_tensors
+            return slopes * grad[:, None].to(slopes.dtype), None, None, None
         hidden, targets, normalizers, *trained = ctx.saved_tensors
         scratch = grad.new_empty(min(ctx.size, len(hidden)), ctx.vocabulary)
         grad_hidden, grad_trained = torch.empty_like(hidden), [torch.zeros_like(p) for p in trained]
@@ -326,61 +418,45 @@ def head_is_plain(model: torch.nn.Module) -> bool:
     return bool((ours - own).abs().max() <= 0.02 * own.abs().max())
 
 
+@torch.no_grad()
 def use_grouped_attention(model: torch.nn.Module) -> None:
-    """Have a model that attends through PyTorch's SDPA do so through `grouped_attention`; others stay as they are."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("grouped")
+    """Have a model that attends through PyTorch's SDPA do so through `grouped_attention`.
+
+    Others stay as they are, and so does a model whose packed pass differs from its plain one, tried on a few tokens:
+    one whose layers mix tokens in other ways, or drop attention out.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts, completions = [[0, 1, 2], [0, 1, 2], [0, 1, 3, 4]], [[5, 6, 7], [5], [7, 5, 6, 3]]
+    # From the middle of the vocabulary: at its start lie special tokens, which some models have never seen.
+    prompts, completions = (
+        [[(vocabulary // 2 + i) % vocabulary for i in row] for row in x] for x in (prompts, completions)
+    )
+    plain = completion_hidden_states(model, prompts, completions)
+    model.set_attn_implementation("grouped")
+    packed = completion_hidden_states(model, prompts, completions)
+    if not ((packed - plain).norm(dim=1) / plain.norm(dim=1)).median() <= 0.1:  # bfloat16 makes 0.01
+        model.set_attn_implementation("sdpa")
 
 
 def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa" attention, with quicker ways for rows that begin alike and for grouped queries.
+    """transformers' "sdpa" attention, and two ways of its own: for a pack, and for a cache that attends by itself.
 
-    query (B, heads, T, d), attention_mask (B, 1, T, L) → (B, T, heads, d). key and value (B, key heads, L, d), or each a
-    pair, of the beginning that all rows share (1, key heads, L0, d) and of each row's own: then one matrix product over
-    all rows attends to the beginning, which is read once and not once a row.
-    Query heads that share a key head become more queries of that head, so that no key or value is repeated. A CPU's SDPA
-    is slow in bfloat16 when it needs a gradient: while the table of scores is small, plain matrix products are, forward
-    and backward, 6 times as fast. Beyond MAX_SCORES, SDPA's memory, linear in length, is worth its time.
+    query (B, heads, T, d), key and value (B, key heads, L, d), attention_mask (B, 1, T, L) → (B, T, heads, d).
     """
-    rows, heads, length, dim = query.shape
-    pairs = isinstance(key, tuple)
-    groups, columns = (key[1].shape[1], key[0].shape[2] + key[1].shape[2]) if pairs else key.shape[1:3]
-    small = rows * heads * length * columns <= MAX_SCORES and (attention_mask is not None or length == 1)
-    if kwargs.get("dropout") or not (pairs and small or length == 1 or small and query.requires_grad):
-        if pairs:
-            key, value = (torch.cat([shared.expand(rows, -1, -1, -1), own], dim=2) for shared, own in (key, value))
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if not isinstance(key, Tensor):  # the sampler's
+        return key.attend(query[:, :, 0], attention_mask, scale)[:, None], None
+    pack = kwargs.pop("pack", None)
+    if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    scale = kwargs.get("scaling") or dim**-0.5
-    grouped = query.reshape(rows, groups, -1, dim)
-    if not pairs and length == 1:
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
-        return out.view(rows, heads, length, -1).transpose(1, 2), None
-
-    def of_all_rows(x: Tensor) -> Tensor:  # (B, groups, n, ·) → (groups, B · n, ·)
-        return x.transpose(0, 1).reshape(groups, -1, x.shape[-1])
-
-    def of_each_row(x: Tensor) -> Tensor:
-        return x.view(groups, rows, -1, x.shape[-1]).transpose(0, 1)
-
-    grouped = grouped * scale
-    if pairs:
-        shared = of_each_row(of_all_rows(grouped) @ key[0][0].transpose(1, 2))
-        scores = torch.cat([shared, grouped @ key[1].transpose(2, 3)], dim=-1)
-    else:
-        scores = grouped @ key.transpose(2, 3)
-    if attention_mask is not None:
-        bias = torch.zeros_like(attention_mask, dtype=query.dtype)
-        bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
-        scores = (scores.view(rows, groups, -1, length, columns) + bias[:, :, None]).view(scores.shape)
-    weights = scores.softmax(-1)
-    if pairs:
-        shared, own = weights.split([key[0].shape[2], key[1].shape[2]], dim=-1)
-        out = of_each_row(of_all_rows(shared) @ value[0][0]) + own @ value[1]
-    else:
-        out = weights @ value
-    return out.reshape(rows, heads, length, -1).transpose(1, 2), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if pack.keys_and_values is not None:
+        pack.keys_and_values.append((key, value))
+    return PackedAttention.apply(query, key, value, pack, scale, kwargs.get("sliding_window"))[None], None
 
 
 AttentionInterface.register("grouped", grouped_attention)

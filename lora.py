@@ -37,17 +37,40 @@ class LoRALinear(nn.Linear):
         self.scale, self.dropout, self.enabled = alpha / rank, dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low_rank = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
-        lifted = (self.scale * self.lora_B).to(x.dtype)
-        return torch.addmm(y.flatten(0, -2), low_rank, lifted.T).view(y.shape)  # y + low_rank · liftedᵀ in one pass
+            return F.linear(x, self.weight, self.bias)
+        if self.dropout and self.training:
+            low_rank = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
+            return F.linear(x, self.weight, self.bias) + F.linear(low_rank, (self.scale * self.lora_B).to(x.dtype))
+        return AdaptedProduct.apply(x, self.weight, self.bias, self.lora_A, self.scale * self.lora_B)
 
     def merged_weight(self) -> Tensor:
         """W + (α/r) B A in W's precision, computed in float32: a new tensor, W itself stays as it is."""
         return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """W x + b + B A x without a copy of W x or of the input's gradient, both larger than all else here.
+
+    x (…, in), weight (out, in), bias (out,) or None, A (r, in), B (out, r) → (…, out). W and b get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        rows, A_, B_ = x.flatten(0, -2), A.to(x.dtype), B.to(x.dtype)
+        low_rank = rows @ A_.T
+        ctx.save_for_backward(rows, weight, A_, B_, low_rank)
+        ctx.dtype, ctx.shape = A.dtype, x.shape
+        return F.linear(rows, weight, bias).addmm_(low_rank, B_.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, A, B, low_rank = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_low_rank = grad @ B
+        grad_x = (grad @ weight).addmm_(grad_low_rank, A).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_A, grad_B = (grad_low_rank.T @ rows).to(ctx.dtype), (grad.T @ low_rank).to(ctx.dtype)
+        return grad_x, None, None, grad_A, grad_B
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str]) -> list[str]:

@@ -49,11 +49,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lora
 from dist import World
-from grpo import Layer, distinct, logits_from_hidden_states, prefill
+from grpo import Pack, distinct, logits_from_hidden_states, pad, positions
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
 START_TIMEOUT = 600.0  # seconds in which an engine starts; a large model is read from disk, graphs are captured
@@ -105,6 +105,7 @@ class ModelSampler:
         self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
         self.top_p, self.top_k, self.metrics = top_p, top_k, {}
         self.eos = torch.tensor(sorted(eos_token_ids), device=next(model.parameters()).device)
+        self.decoder = LlamaDecoder if decodes_like_llama(model) else Decoder
 
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -123,11 +124,8 @@ class ModelSampler:
     def _generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         device = self.eos.device
         prompts, row_of = distinct(prompt_ids, device)
-        hidden, prefix, mask = prefill(self.model, prompts)
-        logits = logits_from_hidden_states(self.model, hidden)[row_of]
-        cache = Cache(layers=[PreallocatedLayer(layer, row_of, self.max_new_tokens) for layer in prefix.layers])
-        mask = mask[row_of]
-        position = mask.sum(1)  # of each row's next token
+        decoder = self.decoder(self.model, prompts, row_of, self.max_new_tokens)
+        logits = decoder.logits
         uniforms = torch.stack([uniform_stream(seed, self.max_new_tokens) for seed in seeds]).to(device)
 
         alive = torch.arange(len(seeds), device=device)  # the completion that each row of the batch decodes
@@ -145,17 +143,9 @@ class ModelSampler:
             if len(keep) == 0 or t + 1 == self.max_new_tokens:
                 break
             if len(keep) <= COMPACT_AT * len(alive):
-                cache.batch_select_indices(keep)
-                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = self.model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-            position = position + 1
+                decoder.keep(keep)
+                alive, token = alive[keep], token[keep]
+            logits = decoder.step(token)
         return [
             Completion(ids[:n], values[:n], done)
             for ids, values, n, done in zip(tokens.tolist(), logps.tolist(), lengths.tolist(), ended.tolist())
@@ -168,25 +158,22 @@ def sample_tokens(
     """Draw one token a row by inverse CDF: the first token whose cumulative probability exceeds the uniform number.
 
     logits (B, V), uniforms (B,) in [0, 1) → tokens (B,), log-probabilities (B,) under softmax(logits / temperature).
-    The sums of BLOCK tokens each find the block, so that only its own tokens need a running sum. They are in float64:
-    among 50,000 tokens of like probability, float32's rounding would draw another one whenever the batch is split anew.
+    The sums of BLOCK tokens each find the block, so that only its own tokens need a running sum. Running sums are in
+    float64: in float32, rounding would draw another token whenever the batch is split anew.
     """
-    logits = logits.to(torch.float32, copy=True)
     if temperature != 1.0:
-        logits.div_(temperature)
-    largest = logits.amax(1, keepdim=True)
-    weights = (logits - largest).exp_()
-    log_normalizer = largest + weights.sum(1, keepdim=True).log()
+        logits = logits.to(torch.float32, copy=True).div_(temperature)
+    weights = probabilities = logits.softmax(-1, dtype=torch.float32)
     if top_p < 1.0 or top_k > 0:
-        weights.masked_fill_(truncate(logits, top_p, top_k) == float("-inf"), 0.0)
+        weights = weights.masked_fill(truncate(logits, top_p, top_k) == float("-inf"), 0.0)
     blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends = blocks.sum(-1).double().cumsum(-1)
     target = uniforms[:, None] * ends[:, -1:]
     block = first_above(ends, target)
     target = target - F.pad(ends, (1, 0)).gather(1, block)  # what is left of it inside the block
     own = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
     tokens = block * BLOCK + first_above(own.cumsum(-1, dtype=torch.float64), target)
-    return tokens[:, 0], (logits.gather(1, tokens) - log_normalizer)[:, 0]
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
 def first_above(cdf: Tensor, target: Tensor) -> Tensor:
@@ -215,34 +202,209 @@ def uniform_stream(seed: int, length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(int(seed)))
 
 
-class PreallocatedLayer(Layer):
-    """One layer's keys and values in buffers that are made once, (rows, heads, capacity, head_dim).
+class Decoder:
+    """Rows that each continue a prompt by one token a step, with any transformers model.
 
-    They start as those of the prompts, each copied to the rows of its completions; what all prompts begin with stays
-    apart. A sliding window keeps its full history here: the model's attention mask hides what lies outside the window.
+    prompts: P different ones, prefilled once; row_of (B,): the prompt of each row. `logits` (B, V) are those of the first
+    token. The cache of a model that packs (grpo.Pack) holds what all prompts begin with once for all rows.
     """
 
-    def __init__(self, prompts: Layer, row_of: Tensor, max_new_tokens: int):
-        super().__init__(
-            prompts.beginning, *(self._spread(x, row_of, max_new_tokens) for x in (prompts.keys, prompts.values))
-        )
-        self.length = prompts.keys.shape[2]
+    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor, max_new_tokens: int):
+        self.model, config = model, model.config
+        if config._attn_implementation == "grouped":
+            pack = Pack(prompts, [], config.get_text_config(), row_of.device)
+            pack.keys_and_values = []
+            hidden = pack.run(model.get_decoder())[[rest[-1] for rest in pack.rests]]
+            places, mask = pad(pack.rests, "left", row_of.device)
+            rows = pack.shared, places[row_of], max_new_tokens
+            self.cache = Cache(layers=[DecodingLayer(*tensors, *rows) for tensors in pack.keys_and_values])
+            mask = torch.cat([mask.new_ones(len(mask), pack.shared), mask], dim=1)
+        else:
+            ids, mask = pad(prompts, "left", row_of.device)
+            self.cache = DynamicCache()  # without the configuration: sliding windows keep all, the mask hides it
+            settings = {"attention_mask": mask, "position_ids": positions(mask), "past_key_values": self.cache}
+            hidden = model.get_decoder()(input_ids=ids, use_cache=True, **settings).last_hidden_state[:, -1]
+            self.cache.batch_select_indices(row_of)
+        self.logits = logits_from_hidden_states(model, hidden)[row_of]
+        self.mask = mask[row_of]
+        self.position = self.mask.sum(1)  # of each row's next token
 
-    @staticmethod
-    def _spread(prompts: Tensor, row_of: Tensor, max_new_tokens: int) -> Tensor:
-        _, heads, length, dim = prompts.shape
-        buffer = prompts.new_empty(len(row_of), heads, length + max_new_tokens, dim)
-        buffer[:, :, :length] = prompts[row_of]
-        return buffer
+    def step(self, token: Tensor) -> Tensor:
+        """Put a token (B,) behind each row → logits (B, V) of the next one."""
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        position, self.position = self.position[:, None], self.position + 1
+        settings = {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
+        return self.model(input_ids=token[:, None], position_ids=position, **settings).logits[:, -1]
 
-    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
 
-    def own_length(self) -> int:
-        return self.length
+
+class DecodingLayer(DynamicLayer):
+    """One layer's keys and values in buffers that are made once, laid out for one query a row, and attention to them.
+
+    keys, values: (N, key heads, d) of a pack, the first `shared` of them those that all rows begin with; places (B, L):
+    where each row's own are; then there is room for max_new_tokens more.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, shared: int, places: Tensor, max_new_tokens: int):
+        super().__init__()
+        (rows, self.length), (_, heads, dim) = places.shape, keys.shape
+        self.shared = shared
+        self.shared_keys = keys[:shared].permute(1, 2, 0).contiguous()  # (heads, d, shared)
+        self.shared_values = values[:shared].transpose(0, 1).contiguous()  # (heads, shared, d)
+        self.keys = keys.new_empty(heads, rows, dim, self.length + max_new_tokens)
+        self.values = values.new_empty(heads, rows, self.length + max_new_tokens, dim)
+        self.keys[..., : self.length] = keys[places].permute(2, 0, 3, 1)
+        self.values[:, :, : self.length] = values[places].permute(2, 0, 1, 3)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Take a position more of each row, (B, heads, 1, d)."""
+        self.keys[..., self.length] = key_states[:, :, 0].transpose(0, 1)
+        self.values[:, :, self.length] = value_states[:, :, 0].transpose(0, 1)
+        self.length += 1
+        return self, self
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """query (B, query heads, d); mask (B, 1, 1, shared + own), True where a row may look → (B, query heads, d).
+
+        One matrix product for all rows attends to the beginning, which is read once and not once a row; the query
+        heads that share a key head are queries of that head, so that no key or value is repeated.
+        """
+        heads, rows, dim, _ = self.keys.shape
+        query = (query * scale).view(rows, heads, -1, dim).transpose(0, 1).contiguous()
+        scores = (query.flatten(0, 1) @ self.keys[..., : self.length].flatten(0, 1)).view(heads, rows, -1, self.length)
+        if mask is not None:
+            scores.masked_fill_(~mask[:, 0, :, self.shared :], torch.finfo(scores.dtype).min)
+        if self.shared:
+            beginning = (query.flatten(1, 2) @ self.shared_keys).view(heads, rows, -1, self.shared)
+            scores = torch.cat([beginning, scores], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        own = weights[..., self.shared :].flatten(0, 1) @ self.values[:, :, : self.length].flatten(0, 1)
+        out = own.view(heads, rows, -1, dim)
+        if self.shared:
+            out += (weights[..., : self.shared].flatten(1, 2) @ self.shared_values).view(out.shape)
+        return out.transpose(0, 1).reshape(rows, -1, dim)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+
+    def get_seq_length(self) -> int:
+        return self.shared + self.length
+
+
+class LlamaDecoder(Decoder):
+    """The same for models of Llama's shape (Mistral, Qwen 2 and 3, …), in a third of the operations.
+
+    For few rows a step costs its many small operations and the reading of the weights. Adapters stay beside their
+    weights, as in training.
+    """
+
+    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor, max_new_tokens: int):
+        super().__init__(model, prompts, row_of, max_new_tokens)
+        self.layers = []
+        for layer, cache in zip(model.model.layers, self.cache.layers):
+            a, m = layer.self_attn, layer.mlp
+            projections = FusedLinear(a.q_proj, a.k_proj, a.v_proj), FusedLinear(a.o_proj)
+            mlp = FusedLinear(m.gate_proj, m.up_proj), FusedLinear(m.down_proj)
+            self.layers.append((layer, cache, *projections, *mlp))
+        self.head = FusedLinear(model.lm_head)
+        first = prompts[0]
+        self.padding = None if all(len(p) == len(first) for p in prompts) else self.mask
+
+    def step(self, token: Tensor) -> Tensor:
+        model = self.model.model
+        x = model.embed_tokens(token)
+        cos, sin = (table[0, :, None] for table in model.rotary_emb(x, self.position[None]))  # (B, 1, d)
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+        def rotate(heads: Tensor) -> Tensor:
+            return torch.addcmul(heads * cos, heads.roll(half, -1), sin)
+
+        mask = None
+        if self.padding is not None:
+            self.padding = F.pad(self.padding, (0, 1), value=1)
+            mask = self.padding.bool()[:, None, None]
+        self.position = self.position + 1
+        for layer, cache, qkv, o, gate_up, down in self.layers:
+            a = layer.self_attn
+            q, k, v = (y.view(len(x), -1, a.head_dim) for y in qkv(norm(layer.input_layernorm, x)))
+            if hasattr(a, "q_norm"):
+                q, k = norm(a.q_norm, q), norm(a.k_norm, k)
+            cache.update(rotate(k)[:, :, None], v[:, :, None])
+            (x,) = o(cache.attend(rotate(q), mask, a.scaling).flatten(1), x)
+            gate, up = gate_up(norm(layer.post_attention_layernorm, x))
+            (x,) = down(F.silu(gate).mul_(up), x)
+        (logits,) = self.head(norm(model.norm, x))
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.padding = None if self.padding is None else self.padding[rows]
+
+
+def norm(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """Root-mean-square norm."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+
+
+@torch.inference_mode()
+def decodes_like_llama(model: torch.nn.Module) -> bool:
+    """Whether `LlamaDecoder` gives the model's own logits, tried on two short prompts."""
+    config = model.config.get_text_config()
+    if model.config._attn_implementation != "grouped" or getattr(config, "sliding_window", None):
+        return False
+    middle = config.vocab_size // 2
+    rows = torch.tensor([0, 1, 1], device=next(model.parameters()).device)
+    try:
+        decoders = [kind(model, [[middle, 0], [middle, 1, 0]], rows, 2) for kind in (Decoder, LlamaDecoder)]
+        for token in (rows, rows + 1):
+            own, ours = (decoder.step(token) for decoder in decoders)
+    except (AttributeError, RuntimeError, TypeError):  # it has other parts
+        return False
+    return bool((own - ours).norm() <= 0.05 * own.norm())
+
+
+class FusedLinear:
+    """Linear layers of one input. On a CPU their weights are packed into the layout that its matrix product wants, which
+    F.linear does again at every call; the adapters' first factors become one product."""
+
+    def __init__(self, *linears: torch.nn.Linear):
+        dtype = linears[0].weight.dtype
+        adapters = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
+        self.A = torch.cat([linear.lora_A.to(dtype) for linear in adapters]) if adapters else None
+        self.parts, start = [], 0
+        for linear in linears:
+            B = None
+            if linear in adapters:
+                B = (slice(start, start + len(linear.lora_A)), (linear.scale * linear.lora_B).to(dtype).T)
+                start += len(linear.lora_A)
+            self.parts.append((*packed(linear.weight), linear.bias, B))
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+        low_rank = None if self.A is None else F.linear(x, self.A)
+        outs = []
+        for multiply, weight, bias, B in self.parts:
+            y = multiply(x, weight, bias)
+            if B is not None:
+                y.addmm_(low_rank[:, B[0]], B[1])
+            outs.append(y if residual is None else y.add_(residual))
+        return outs
+
+
+def packed(weight: Tensor) -> tuple[Callable, Tensor]:
+    """A product x, weight, bias → x Wᵀ + b, and the weight in the form that it takes."""
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return packed_linear, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return F.linear, weight
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 # vLLM: the trainer's side ------------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def embedded_model(tokenizer) -> Path:
+    """The embedded model itself; skips where it is not on disk."""
+    return EMBEDDED_MODEL
+
+
+@pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory) -> Path:
     """A tiny Llama with tied embeddings and the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("model")

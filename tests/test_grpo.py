@@ -204,18 +204,47 @@ def test_a_head_that_does_more_is_found():
     assert not grpo.head_is_plain(model)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_gradient_checkpointing_changes_nothing(architecture):
-    prompts, completions, _ = make_batch()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
+    """Gradients, with tables and pieces so small that every path is taken."""
+    prompts, completions, _ = make_batch(longest=30)
     gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model(architecture).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        grpo.completion_logps(model, prompts, completions, TEMPERATURE)[0].sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+    for packed in (False, True):
+        model = tiny_model(architecture, dtype=torch.float64).train()
+        if packed:
+            grpo.use_grouped_attention(model)
+            assert model.config._attn_implementation == "grouped"
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grpo, "QUERIES_AT_ONCE", 8)
+            patch.setattr(grpo, "MAX_SCORES", 2000)
+            logps, _, mask = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+            (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps) * mask).sum().backward()
+        gradients.append([logps.detach(), *(p.grad for p in model.parameters())])
+    for plain, ours in zip(*gradients):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)  # norms are in float32 whatever the model
+
+
+def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_model):
+    """Both differ from float32 by as much."""
+    from transformers import AutoModelForCausalLM
+
+    prompts, completions, _ = make_batch()
+    prompts, completions = ([[i + 1000 for i in row] for row in rows] for rows in (prompts, completions))
+    gradients = {}
+    for name, dtype in (("exact", torch.float32), ("plain", torch.bfloat16), ("packed", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=dtype)
+        if name == "packed":
+            grpo.use_grouped_attention(model)
+            assert model.config._attn_implementation == "grouped"
+        logps, _, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        gradients[name] = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    exact = gradients["exact"]
+    plain, packed = ((gradients[name] - exact).norm() / exact.norm() for name in ("plain", "packed"))
+    assert packed < 1.3 * plain < 0.3
 
 
 def test_log_probabilities_need_no_table_of_tokens_by_vocabulary():

@@ -7,7 +7,8 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 
 import grpo
-from sampler import ModelSampler, sample_tokens
+import lora
+from sampler import Decoder, LlamaDecoder, ModelSampler, decodes_like_llama, sample_tokens
 
 ENDS = [2, *range(11, 21)]  # many end-of-sequence tokens, so that rows end at different times
 
@@ -97,24 +98,61 @@ def test_a_completion_is_the_same_in_any_batch():
     assert [c.ids for c in sampler.generate(prompts, range(200, 212))] != [c.ids for c in together]
 
 
-def test_equal_prompts_are_prefilled_once_and_ended_rows_leave_the_batch(monkeypatch):
+@pytest.mark.parametrize("kind", [Decoder, LlamaDecoder])
+def test_equal_prompts_are_prefilled_once_and_ended_rows_leave_the_batch(monkeypatch, kind):
     model, prompts = tiny_model(), prompts_of()
     grpo.use_grouped_attention(model)
-    seen = []
-    forward = type(model.model).forward
+    prefilled, rows, forward, step = [], [], type(model.model).forward, kind.step
     monkeypatch.setattr(
         type(model.model),
         "forward",
-        lambda self, **kw: seen.append(tuple(kw["input_ids"].shape)) or forward(self, **kw),
+        lambda self, **kw: prefilled.append(tuple(kw["input_ids"].shape)) or forward(self, **kw),
     )
-    completions = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12).generate(prompts, range(12))
-    assert seen[:2] == [(1, 4), (3, 6)]  # the common beginning once, then the rest of three prompts
-    rows = [shape[0] for shape in seen[2:]]
+    monkeypatch.setattr(kind, "step", lambda self, token: rows.append(len(token)) or step(self, token))
+    sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12)
+    sampler.decoder = kind
+    prefilled.clear()
+    rows.clear()
+    completions = sampler.generate(prompts, range(12))
+    assert prefilled[0] == (1, 4 + 3 + 6 + 1)  # the common beginning and the rests of three prompts, once each
     lengths = [len(c.ids) for c in completions]
     for t, batch in enumerate(rows, start=1):
         alive = sum(n > t for n in lengths)
         assert alive <= batch <= max(alive / 0.75, 12 * (t == 1), 1)
-    assert rows[-1] < 12
+    assert len(rows) > 5 and rows[-1] < 12
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-mha", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_quick_decoder_equals_the_general_one(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            torch.nn.init.normal_(module.bias)
+    grpo.use_grouped_attention(model)
+    lora.inject(model, 4, 8.0, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    for _, layer in lora.layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 3, 4, 5, 6]]
+    rows = torch.tensor([0, 0, 1, 2, 2])
+    assert decodes_like_llama(model)
+    with torch.inference_mode():
+        general, quick = (kind(model, prompts, rows, 5) for kind in (Decoder, LlamaDecoder))
+        for t in range(5):
+            token = (torch.arange(len(general.mask)) * 7 + 11 * t) % 97
+            expected, logits = general.step(token), quick.step(token)
+            close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.1}
+            torch.testing.assert_close(logits, expected, **close)
+            if t == 2:
+                for decoder in (general, quick):
+                    decoder.keep(torch.tensor([0, 2, 4]))
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gemma3", "mistral", "granite", "cohere"])
+def test_models_of_another_shape_take_the_general_decoder(architecture):
+    model = tiny_model(architecture)
+    grpo.use_grouped_attention(model)
+    assert not decodes_like_llama(model)
 
 
 def test_the_sampler_leaves_the_model_in_training_mode_and_takes_no_gradient():
