@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lora
-from dist import World
+from dist import World, has_bfloat16
 from grpo import Pack, distinct, logits_from_hidden_states, pad, positions
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
@@ -336,9 +336,9 @@ class LlamaDecoder(Decoder):
             if hasattr(a, "q_norm"):
                 q, k = norm(a.q_norm, q), norm(a.k_norm, k)
             cache.update(rotate(k)[:, :, None], v[:, :, None])
-            (x,) = o(cache.attend(rotate(q), mask, a.scaling).flatten(1), x)
+            x = x + o(cache.attend(rotate(q), mask, a.scaling).flatten(1))[0]
             gate, up = gate_up(norm(layer.post_attention_layernorm, x))
-            (x,) = down(F.silu(gate).mul_(up), x)
+            x = x + down(F.silu(gate).mul_(up))[0]
         (logits,) = self.head(norm(model.norm, x))
         return logits
 
@@ -370,41 +370,40 @@ def decodes_like_llama(model: torch.nn.Module) -> bool:
 
 
 class FusedLinear:
-    """Linear layers of one input. On a CPU their weights are packed into the layout that its matrix product wants, which
-    F.linear does again at every call; the adapters' first factors become one product."""
+    """Linear layers that read the same input, with their adapters beside them.
+
+    On a CPU they become one product with its weights in the layout that oneDNN wants, which F.linear makes anew at every
+    call. An adapter is columns more of that product, and their input is A x:  y = [W, s B] [x, A x].
+    """
 
     def __init__(self, *linears: torch.nn.Linear):
-        dtype = linears[0].weight.dtype
-        adapters = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
-        self.A = torch.cat([linear.lora_A.to(dtype) for linear in adapters]) if adapters else None
-        self.parts, start = [], 0
-        for linear in linears:
-            B = None
-            if linear in adapters:
-                B = (slice(start, start + len(linear.lora_A)), (linear.scale * linear.lora_B).to(dtype).T)
-                start += len(linear.lora_A)
-            self.parts.append((*packed(linear.weight), linear.bias, B))
+        self.linears, weight = linears, linears[0].weight
+        self.A = self.weight = None
+        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not has_bfloat16(weight.device):
+            return
+        adapted = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
+        self.A = torch.cat([linear.lora_A for linear in adapted]).to(weight.dtype) if adapted else None
+        self.sizes = [linear.out_features for linear in linears]
+        whole = weight.new_zeros(sum(self.sizes), weight.shape[1] + (len(self.A) if adapted else 0))
+        column = weight.shape[1]
+        for linear, rows in zip(linears, whole.split(self.sizes)):
+            rows[:, : weight.shape[1]] = linear.weight
+            if linear in adapted:
+                rank = len(linear.lora_A)
+                rows[:, column : column + rank] = linear.scale * linear.lora_B
+                column += rank
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> list[Tensor]:
-        low_rank = None if self.A is None else F.linear(x, self.A)
-        outs = []
-        for multiply, weight, bias, B in self.parts:
-            y = multiply(x, weight, bias)
-            if B is not None:
-                y.addmm_(low_rank[:, B[0]], B[1])
-            outs.append(y if residual is None else y.add_(residual))
-        return outs
-
-
-def packed(weight: Tensor) -> tuple[Callable, Tensor]:
-    """A product x, weight, bias → x Wᵀ + b, and the weight in the form that it takes."""
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return packed_linear, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return F.linear, weight
-
-
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """x (B, in) → one (B, out) for each layer."""
+        if self.weight is None:
+            return [linear(x) for linear in self.linears]
+        if self.A is not None:
+            x = torch.cat([x, F.linear(x, self.A)], dim=1)
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y.split(self.sizes, dim=1)
 
 
 # vLLM: the trainer's side ------------------------------------------------------------------------------------
