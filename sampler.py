@@ -1,12 +1,12 @@
 """Sampling completions from the policy: the own sampler, on any transformers model, and vLLM.
 
-The own sampler. One call decodes all completions of a rank at once. A prompt is prefilled once and its keys and values
-are then copied to the rows of its G completions; each step feeds one token a row; rows whose completion has ended leave
-the batch.
+The own sampler. One call decodes all completions of a rank at once. Every prompt is prefilled once, what all prompts
+begin with is kept once for all rows, the rest is copied to the rows of its G completions; each step feeds one token a
+row; rows whose completion has ended leave the batch.
 
-    prompts   p1 p2            prefill once each
-    rows      p1 p1 p1 p2 …    one a completion, its own random numbers each
-    step t    one token a row  → (token, log-probability), until end-of-sequence or max_new_tokens
+    prompts   [ beginning | p1 | p2 ]   prefilled once each
+    rows      p1 p1 p1 p2 …             one a completion, its own random numbers each
+    step t    one token a row           → (token, log-probability), until end-of-sequence or max_new_tokens
 
 A token is drawn by inverting the cumulative distribution at a uniform number: exact, one random number a token. Every
 completion has a random stream of its own, named by its seed, so it comes out the same in whatever batch, and on
@@ -297,11 +297,8 @@ class DecodingLayer(DynamicLayer):
 
 
 class LlamaDecoder(Decoder):
-    """The same for models of Llama's shape (Mistral, Qwen 2 and 3, …), in a third of the operations.
-
-    For few rows a step costs its many small operations and the reading of the weights. Adapters stay beside their
-    weights, as in training.
-    """
+    """The same for models of Llama's shape (Qwen 2 and 3, SmolLM 2, …), in a third of the operations: what a step of few
+    rows costs is their number, and reading the weights."""
 
     def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor, max_new_tokens: int):
         super().__init__(model, prompts, row_of, max_new_tokens)
@@ -312,8 +309,7 @@ class LlamaDecoder(Decoder):
             mlp = FusedLinear(m.gate_proj, m.up_proj), FusedLinear(m.down_proj)
             self.layers.append((layer, cache, *projections, *mlp))
         self.head = FusedLinear(model.lm_head)
-        first = prompts[0]
-        self.padding = None if all(len(p) == len(first) for p in prompts) else self.mask
+        self.padded = len({len(prompt) for prompt in prompts}) > 1
 
     def step(self, token: Tensor) -> Tensor:
         model = self.model.model
@@ -325,11 +321,8 @@ class LlamaDecoder(Decoder):
         def rotate(heads: Tensor) -> Tensor:
             return torch.addcmul(heads * cos, heads.roll(half, -1), sin)
 
-        mask = None
-        if self.padding is not None:
-            self.padding = F.pad(self.padding, (0, 1), value=1)
-            mask = self.padding.bool()[:, None, None]
-        self.position = self.position + 1
+        self.mask, self.position = F.pad(self.mask, (0, 1), value=1), self.position + 1
+        mask = self.mask.bool()[:, None, None] if self.padded else None
         for layer, cache, qkv, o, gate_up, down in self.layers:
             a = layer.self_attn
             q, k, v = (y.view(len(x), -1, a.head_dim) for y in qkv(norm(layer.input_layernorm, x)))
@@ -338,13 +331,9 @@ class LlamaDecoder(Decoder):
             cache.update(rotate(k)[:, :, None], v[:, :, None])
             x = x + o(cache.attend(rotate(q), mask, a.scaling).flatten(1))[0]
             gate, up = gate_up(norm(layer.post_attention_layernorm, x))
-            x = x + down(F.silu(gate).mul_(up))[0]
+            x = x + down(layer.mlp.act_fn(gate) * up)[0]
         (logits,) = self.head(norm(model.norm, x))
         return logits
-
-    def keep(self, rows: Tensor) -> None:
-        super().keep(rows)
-        self.padding = None if self.padding is None else self.padding[rows]
 
 
 def norm(module: torch.nn.Module, x: Tensor) -> Tensor:
@@ -358,11 +347,11 @@ def decodes_like_llama(model: torch.nn.Module) -> bool:
     config = model.config.get_text_config()
     if model.config._attn_implementation != "grouped" or getattr(config, "sliding_window", None):
         return False
-    middle = config.vocab_size // 2
+    a, b, c, d = ((config.vocab_size // 2 + i) % config.vocab_size for i in range(4))
     rows = torch.tensor([0, 1, 1], device=next(model.parameters()).device)
     try:
-        decoders = [kind(model, [[middle, 0], [middle, 1, 0]], rows, 2) for kind in (Decoder, LlamaDecoder)]
-        for token in (rows, rows + 1):
+        decoders = [kind(model, [[a, b], [a, c, b]], rows, 2) for kind in (Decoder, LlamaDecoder)]
+        for token in (rows.new_tensor([b, c, d]), rows.new_tensor([d, d, a])):
             own, ours = (decoder.step(token) for decoder in decoders)
     except (AttributeError, RuntimeError, TypeError):  # it has other parts
         return False
