@@ -158,8 +158,8 @@ def sample_tokens(
     """Draw one token a row by inverse CDF: the first token whose cumulative probability exceeds the uniform number.
 
     logits (B, V), uniforms (B,) in [0, 1) → tokens (B,), log-probabilities (B,) under softmax(logits / temperature).
-    The sums of BLOCK tokens each find the block, so that only its own tokens need a running sum. Running sums are in
-    float64: in float32, rounding would draw another token whenever the batch is split anew.
+    The sums of BLOCK tokens each find the block, so that only its own tokens need a running sum. They are in float64:
+    among 50,000 tokens of like probability, float32's rounding would draw another one whenever the batch is split anew.
     """
     if temperature != 1.0:
         logits = logits.to(torch.float32, copy=True).div_(temperature)
@@ -167,7 +167,7 @@ def sample_tokens(
     if top_p < 1.0 or top_k > 0:
         weights = weights.masked_fill(truncate(logits, top_p, top_k) == float("-inf"), 0.0)
     blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
-    ends = blocks.sum(-1).double().cumsum(-1)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniforms[:, None] * ends[:, -1:]
     block = first_above(ends, target)
     target = target - F.pad(ends, (1, 0)).gather(1, block)  # what is left of it inside the block

@@ -9,9 +9,9 @@
     score      each completion, and compare it with its group: the advantage            rewards.py, grpo.py
     update     num_iterations optimizer steps on the clipped objective                  grpo.py, dist.py, lora.py
 
-Ranks share the work like this: the completions of a batch stand in one row, groups side by side; each rank samples,
-scores and trains on an equal slice of it, in micro-batches of per_device_train_batch_size. A group may lie across
-slices. Every random number belongs to a completion or to an epoch, so the number of ranks changes nothing but the time.
+Ranks share the work like this: the completions of a batch stand in one row, groups side by side; each rank samples and
+scores an equal slice of it, and trains on a slice of as many tokens as every other's. A group may lie across slices.
+Every random number belongs to a completion or to an epoch, so the number of ranks changes nothing but the time.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -385,7 +386,7 @@ MAX_DRIFT = 0.1  # mean |sampler - trainer| of a log-probability; bfloat16's rou
 
 @dataclass
 class Rollout:
-    """This rank's slice of a batch of completions, B of them, and what is known of all."""
+    """What this rank trains on of a batch of completions, B of them, and what is known of all."""
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -395,17 +396,13 @@ class Rollout:
     num_tokens: int  # in all ranks' prompts and completions
     metrics: dict[str, float]  # means over all ranks' completions
     records: list[dict]  # what completions.jsonl tells of each, for all ranks; empty without --log_completions
-    num_trained: int = 0  # completions of all ranks that micro_batches holds
+    num_trained: int = 0  # completions that all ranks train on
     differences: list[float] = field(default_factory=list)
 
     def micro_batches(self, args: argparse.Namespace) -> list[list[int]]:
-        """Indices of this rank's completions in as many micro-batches as every rank has.
-
-        With β = 0 a completion whose advantage is 0 has no gradient at all, so it is left out; a micro-batch may be empty.
-        """
-        trained = [i for i, advantage in enumerate(self.advantages.tolist()) if advantage or args.beta]
-        count = args.gradient_accumulation_steps
-        return [trained[len(trained) * i // count : len(trained) * (i + 1) // count] for i in range(count)]
+        """Indices of this rank's completions in as many micro-batches as every rank has; one may be empty."""
+        lengths = [len(ids) for ids in self.completion_ids]
+        return split_evenly(range(len(lengths)), lengths, args.gradient_accumulation_steps)
 
     def compare_with_sampler(self, micro: list[int], logps: torch.Tensor) -> None:
         """Remember how far the trainer's log-probabilities are from those the sampler drew with."""
@@ -455,6 +452,10 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
     if num_generations > 1:
         advantages, stds = grpo.group_advantages(torch.tensor(all_rewards), num_generations)
         group_metrics = {"reward_std": stds.mean().item(), "zero_std_groups": (stds == 0).float().mean().item()}
+    # With β = 0 a completion whose advantage is 0 has no gradient. The others are shared out anew, whoever sampled them.
+    samples = world.gather([(p, c.ids, c.logps) for p, c in zip(prompt_ids, completions)])
+    trained = [i for i, advantage in enumerate(advantages.tolist()) if advantage or args.beta]
+    share = split_evenly(trained, [len(samples[i][1]) for i in trained], world.size)[world.rank]
     by_function = zip(rewards.names, ([s for s in scores if s is not None] for scores in zip(*all_scores)))
     sums = {
         "completion_length": sum(map(len, completion_ids)),
@@ -483,16 +484,23 @@ def collect(args, world, sampler, tokenizer, rewards, rows, num_generations, str
             ]
         )
     return Rollout(
-        prompt_ids=prompt_ids,
-        completion_ids=completion_ids,
-        sampler_logps=[completion.logps for completion in completions],
-        advantages=advantages[mine].to(world.device),
+        prompt_ids=[samples[i][0] for i in share],
+        completion_ids=[samples[i][1] for i in share],
+        sampler_logps=[samples[i][2] for i in share],
+        advantages=advantages[share].to(world.device),
         size=len(everyone),
-        num_trained=int(advantages.count_nonzero()) if args.beta == 0 else len(everyone),
+        num_trained=len(trained),
         num_tokens=round((means["prompt_length"] + means["completion_length"]) * len(everyone)),
         metrics=metrics,
         records=records,
     )
+
+
+def split_evenly(items: Sequence[int], sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut a list of items of given sizes into consecutive parts, some perhaps empty, of about the same size."""
+    middles = numpy.cumsum(sizes) - numpy.array(sizes) / 2
+    places = (middles * parts / max(1, sum(sizes))).astype(int)
+    return [[item for item, place in zip(items, places) if place == part] for part in range(parts)]
 
 
 def reference_logps(args, reference, sample: Rollout, micro: list[int]) -> torch.Tensor | None:
