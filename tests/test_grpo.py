@@ -247,6 +247,29 @@ def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_
     assert packed < 1.3 * plain < 0.3
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+def test_the_heads_gradients_are_those_of_log_softmax(architecture, trained, monkeypatch):
+    """With a head that is trained and a frozen one, whose gradient is made ahead; in chunks of two tokens."""
+    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 2 * 97)
+    noise = torch.Generator().manual_seed(0)
+    hidden, upstream = (torch.randn(7, n, generator=noise, dtype=torch.float64) for n in (32, 1))
+    targets = torch.randint(97, (7,), generator=noise)
+    gradients = []
+    for ours in (False, True):
+        model, x = tiny_model(architecture, dtype=torch.float64), hidden.clone().requires_grad_()
+        head = model.get_output_embeddings().weight.requires_grad_(trained)
+        if ours:
+            logps, _ = grpo.logps_from_hidden_states(model, x, targets, TEMPERATURE)
+        else:
+            logits = grpo.logits_from_hidden_states(model, x) / TEMPERATURE
+            logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        (logps * upstream[:, 0]).sum().backward()
+        gradients.append([logps.detach(), x.grad] + [head.grad] * trained)
+    for plain, own in zip(*gradients):
+        torch.testing.assert_close(own, plain)
+
+
 def test_log_probabilities_need_no_table_of_tokens_by_vocabulary():
     """8,000 tokens × 50,000 words in float32 are 1.6 GB, and the plain way takes several such tables."""
     script = """
