@@ -422,10 +422,10 @@ def head_is_plain(model: torch.nn.Module) -> bool:
 def use_grouped_attention(model: torch.nn.Module) -> None:
     """Have a model that attends through PyTorch's SDPA do so through `grouped_attention`.
 
-    Others stay as they are, and so does a model whose packed pass differs from its plain one, tried on a few tokens:
-    one whose layers mix tokens in other ways, or drop attention out.
+    Others stay as they are: models that drop attention out, and those whose packed pass differs from their plain one,
+    tried on a few tokens, because their layers mix tokens in other ways.
     """
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation != "sdpa" or getattr(model.config.get_text_config(), "attention_dropout", 0):
         return
     vocabulary = model.config.get_text_config().vocab_size
     prompts, completions = [[0, 1, 2], [0, 1, 2], [0, 1, 3, 4]], [[5, 6, 7], [5], [7, 5, 6, 3]]

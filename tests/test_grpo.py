@@ -247,6 +247,14 @@ def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_
     assert packed < 1.3 * plain < 0.3
 
 
+def test_a_model_that_drops_attention_out_takes_the_plain_pass():
+    model = tiny_model("llama", attention_dropout=0.5)
+    grpo.use_grouped_attention(model)
+    prompts, completions, _ = make_batch()
+    a, b = (grpo.completion_logps(model.train(), prompts, completions, TEMPERATURE)[0] for _ in range(2))
+    assert not torch.equal(a, b)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
 def test_the_heads_gradients_are_those_of_log_softmax(architecture, trained, monkeypatch):
