@@ -1,14 +1,13 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# On CPUs two processes with half the cores each are quicker than one with all, and so are large pages of memory.
+# On CPUs two processes with half the cores each are quicker than one with all.
 PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
-THREADS ?= $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + 1 \) / 2)
 
 .PHONY: demo model install vllm test lint bench clean
 
 demo: model            ## train the embedded model for real, on any machine
-	THP_MEM_ALLOC_ENABLE=1 OMP_NUM_THREADS=$(THREADS) $(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
 	$(PY) examples/report.py output/demo
 
 model: install         ## put the embedded model on disk

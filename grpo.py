@@ -162,7 +162,7 @@ class Pack:
             places = list(range(len(ids), len(ids) + len(tokens)))
             ids.extend(tokens)
             positions.extend(range(position, position + len(tokens)))
-            # For every QUERIES_AT_ONCE tokens: their places, and their path behind the shared beginning.
+            # For every QUERIES_AT_ONCE tokens: their places, and their path.
             ends = range(QUERIES_AT_ONCE, len(tokens) + QUERIES_AT_ONCE, QUERIES_AT_ONCE)
             paths.extend((places[end - QUERIES_AT_ONCE : end], behind + places[:end]) for end in ends)
             return behind + places
@@ -171,16 +171,17 @@ class Pack:
         self.shared = len(beginning)
         append(beginning, 0, [])
         blocks, paths = [([query], [keys], 0) for query, keys in paths], []
-        rests = [append(prompt[self.shared :], self.shared, []) for prompt in prompts]
+        beginning = list(range(self.shared))
+        whole = [append(prompt[self.shared :], self.shared, beginning) for prompt in prompts]
         for row, completion in zip(row_of.tolist(), completion_ids):
-            path = append(completion[:-1], len(prompts[row]), rests[row])
-            predicting += path[len(rests[row]) - 1 :]
+            path = append(completion[:-1], len(prompts[row]), whole[row])
+            predicting += path[len(prompts[row]) - 1 :]
         paths.sort(key=lambda path: (len(path[0]), len(path[1])), reverse=True)
-        blocks += [(*zip(*part), self.shared) for part in like_sizes(paths, config.num_attention_heads, self.shared)]
+        blocks += [(*zip(*part), self.shared) for part in like_sizes(paths, config.num_attention_heads)]
         self.ids, self.positions = torch.tensor([ids], device=device), torch.tensor([positions], device=device)
         self.predicting = torch.tensor(predicting, device=device)
         self.blocks = [Block(*block, self.positions[0]) for block in blocks]
-        self.rests, self.keys_and_values = rests, None
+        self.rests, self.keys_and_values = [path[self.shared :] for path in whole], None
 
     def run(self, decoder: torch.nn.Module) -> Tensor:
         """The last hidden state of each token, (N, D)."""
@@ -197,23 +198,22 @@ def shared_beginning(prompts: Sequence[Sequence[int]], config) -> list[int]:
     return [] if getattr(config, "sliding_window", None) else os.path.commonprefix([list(p[:-1]) for p in prompts])
 
 
-def like_sizes(paths: list[tuple], heads: int, shared: int) -> Iterator[list[tuple]]:
+def like_sizes(paths: list[tuple], heads: int) -> Iterator[list[tuple]]:
     """Parts of a list of (queries, keys), longest queries first, that make tables of MAX_SCORES at most and of like
     rows."""
-    part = []
+    part, columns = [], 0
     for queries, keys in paths:
-        rows, columns = len(part) + 1, shared + max([len(keys)] + [len(k) for _, k in part[:1]])
-        longest = len(part[0][0]) if part else 0
-        if part and (len(queries) < 0.6 * longest or rows * heads * longest * columns > MAX_SCORES):
+        longest, columns = len(part[0][0]) if part else 0, max(columns, len(keys))
+        if part and (len(queries) < 0.6 * longest or (len(part) + 1) * heads * longest * columns > MAX_SCORES):
             yield part
-            part = []
+            part, columns = [], len(keys)
         part.append((queries, keys))
     if part:
         yield part
 
 
 class Block:
-    """R rows of a pack that attend together, padded to T queries and L keys, beside the `shared` first tokens."""
+    """R rows of a pack that attend together, padded to T queries and L keys, of which the first `shared` are the same."""
 
     def __init__(self, queries: Sequence[list[int]], keys: Sequence[list[int]], shared: int, positions: Tensor):
         self.queries, query_mask = pad(queries, "right", positions.device)  # (R, T): places in the pack
@@ -222,37 +222,39 @@ class Block:
         self.biases: dict[int | None, Tensor] = {}
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 for the keys that a query attends to, very negative elsewhere, (R, 1, T, L)."""
+        """0 for the keys that a query attends to, very negative elsewhere, (R, 1, T, L - shared)."""
         if window not in self.biases:
-            distance = self.positions[self.queries][:, :, None] - self.positions[self.keys][:, None]
-            hidden = (self.key_mask[:, None] == 0) | (distance < 0) | (window is not None and distance >= (window or 0))
+            keys, key_mask = self.keys[:, self.shared :], self.key_mask[:, self.shared :]
+            distance = self.positions[self.queries][:, :, None] - self.positions[keys][:, None]
+            hidden = (key_mask[:, None] == 0) | (distance < 0) | (window is not None and distance >= (window or 0))
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             self.biases[window] = bias.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
         return self.biases[window]
 
-    def weights(self, query: Tensor, key: Tensor, window: int | None) -> tuple[Tensor, ...]:
-        """query (N, heads, d), scaled; key (N, key heads, d) → q, k, and the attention weights on the shared beginning
-        and on k, both (key heads, R, queries, ·): all query heads that share a key head are queries of it."""
-        q = self.take(query, self.queries, key.shape[1])
-        k = self.take(key, self.keys, key.shape[1])
-        bias = self.bias(window, query.dtype)
-        scores = q @ k.transpose(2, 3)
-        scores = scores.unflatten(2, (-1, bias.shape[2])).add_(bias).flatten(2, 3)
-        if self.shared:
-            beginning = (q.flatten(1, 2) @ key[: self.shared].permute(1, 2, 0)).unflatten(1, q.shape[1:3])
-            scores = torch.cat([beginning, scores], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-        return q, k, weights[..., : self.shared], weights[..., self.shared :]
-
-    def take(self, x: Tensor, places: Tensor, key_heads: int) -> Tensor:
-        """x (N, heads, d) at places (R, n) → (key heads, R, heads / key heads · n, d)."""
-        rows = x.index_select(0, places.flatten()).view(*places.shape, key_heads, -1, x.shape[-1])
-        return rows.permute(2, 0, 3, 1, 4).flatten(2, 3)
+    def weights(self, query: Tensor, key: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """query (N, heads, d), scaled; key (N, key heads, d) → q, k, and the attention weights (key heads, R, queries,
+        L): all query heads that share a key head are queries of it."""
+        q, k = take(query, self.queries, key.shape[1]), take(key, self.keys, key.shape[1])
+        scores, bias = q @ k.transpose(2, 3), self.bias(window, query.dtype)
+        scores.unflatten(2, (-1, bias.shape[2]))[..., self.shared :].add_(bias)
+        return q, k, scores.softmax(-1)
 
     def put_back(self, q: Tensor, out: Tensor) -> None:
         """Write rows of queries as `take` gives them to their places in out (N, heads, d)."""
         rows = q.unflatten(2, (-1, self.queries.shape[1])).permute(1, 3, 0, 2, 4).flatten(2, 3)
         out.index_copy_(0, self.queries[self.query_mask], rows[self.query_mask])
+
+    def add_back(self, k: Tensor, sums: Tensor) -> None:
+        """Add rows of keys, transposed, (key heads, R, d, L), to their places in sums (N, key heads, d)."""
+        sums[: self.shared] += k[..., : self.shared].sum(1, dtype=sums.dtype).permute(2, 0, 1)
+        own = k[..., self.shared :].permute(1, 3, 0, 2).flatten(0, 1)
+        sums.index_add_(0, self.keys[:, self.shared :].flatten(), own.to(sums.dtype))
+
+
+def take(x: Tensor, places: Tensor, key_heads: int) -> Tensor:
+    """x (N, heads, d) at places (R, n) → (key heads, R, heads / key heads · n, d)."""
+    rows = x.index_select(0, places.flatten()).view(*places.shape, key_heads, -1, x.shape[-1])
+    return rows.permute(2, 0, 3, 1, 4).flatten(2, 3)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -260,7 +262,7 @@ class PackedAttention(torch.autograd.Function):
 
     query (N, heads, d), key and value (N, key heads, d) → (N, heads, d). As FlashAttention does (Dao et al., arXiv
     2205.14135), the backward pass makes the weights P once more: dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP - rowsum(P ∘ dP)),
-    dQ = dS K, dK = dSᵀ Q. The beginning that all rows share is one matrix product for all of them.
+    dQ = dS K, dK = dSᵀ Q. Of two tables, those of tokens and not those of weights are transposed.
     """
 
     @staticmethod
@@ -269,12 +271,8 @@ class PackedAttention(torch.autograd.Function):
         ctx.pack, ctx.scale, ctx.window = pack, scale, window
         out, scaled = query.new_empty(query.shape), query * scale
         for block in pack.blocks:
-            q, _, on_shared, on_own = block.weights(scaled, key, window)
-            result = on_own @ block.take(value, block.keys, value.shape[1])
-            if block.shared:
-                of_shared = on_shared.flatten(1, 2) @ value[: block.shared].transpose(0, 1)
-                result += of_shared.view(result.shape)
-            block.put_back(result, out)
+            _, _, weights = block.weights(scaled, key, window)
+            block.put_back(weights @ take(value, block.keys, value.shape[1]), out)
         return out
 
     @staticmethod
@@ -285,32 +283,16 @@ class PackedAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros(
             2, *key.shape, dtype=torch.promote_types(key.dtype, torch.float32), device=key.device
         )
-
-        def add(sums: Tensor, rows: Tensor, block: Block) -> None:  # (key heads, R, L, d) to their places
-            sums.index_add_(0, block.keys.flatten(), rows.permute(1, 2, 0, 3).flatten(0, 1).to(sums.dtype))
-
         for block in ctx.pack.blocks:
-            q, k, on_shared, on_own = block.weights(scaled, key, ctx.window)
-            dout = block.take(grad, block.queries, key.shape[1])
+            q, k, weights = block.weights(scaled, key, ctx.window)
+            dout = take(grad, block.queries, key.shape[1])
             padding = ~block.query_mask[:, None].expand(-1, q.shape[2] // block.queries.shape[1], -1).flatten(1)
-            dout = dout.masked_fill(padding[..., None], 0.0)
-            v = block.take(value, block.keys, value.shape[1])
-            add(grad_value, on_own.transpose(2, 3) @ dout, block)
-            weights, dweights = on_own, dout @ v.transpose(2, 3)
-            if block.shared:
-                flat = dout.flatten(1, 2)
-                grad_value[: block.shared] += (on_shared.flatten(1, 2).transpose(1, 2) @ flat).transpose(0, 1)
-                dshared = (flat @ value[: block.shared].permute(1, 2, 0)).view(on_shared.shape)
-                weights, dweights = torch.cat([on_shared, on_own], -1), torch.cat([dshared, dweights], -1)
+            dout = dout.masked_fill_(padding[..., None], 0.0)
+            block.add_back(dout.transpose(2, 3) @ weights, grad_value)
+            dweights = dout @ take(value, block.keys, value.shape[1]).transpose(2, 3)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dshared, down = dscores[..., : block.shared], dscores[..., block.shared :]
-            dq = down @ k
-            add(grad_key, down.transpose(2, 3) @ q, block)
-            if block.shared:
-                dshared = dshared.flatten(1, 2)
-                dq += (dshared @ key[: block.shared].transpose(0, 1)).view(dq.shape)
-                grad_key[: block.shared] += (dshared.transpose(1, 2) @ q.flatten(1, 2)).transpose(0, 1)
-            block.put_back(dq, grad_query)
+            block.put_back(dscores @ k, grad_query)
+            block.add_back(q.transpose(2, 3) @ dscores, grad_key)
         return grad_query.mul_(ctx.scale), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 

@@ -282,7 +282,7 @@ class DecodingLayer(DynamicLayer):
         if self.shared:
             beginning = (query.flatten(1, 2) @ self.shared_keys).view(heads, rows, -1, self.shared)
             scores = torch.cat([beginning, scores], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        weights = scores.softmax(-1)
         own = weights[..., self.shared :].flatten(0, 1) @ self.values[:, :, : self.length].flatten(0, 1)
         out = own.view(heads, rows, -1, dim)
         if self.shared:

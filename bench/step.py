@@ -173,8 +173,10 @@ def our_pass(count: int, kind: str):
     import torch
     from transformers import AutoModelForCausalLM
 
+    import dist
     import grpo
 
+    dist.start(dist.find_world())
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).train()
     grpo.use_grouped_attention(model)
     ids, completions, advantages, ref = a_batch(count)
@@ -213,9 +215,11 @@ def our_generate(count: int, kind: str):
     import torch
     from transformers import AutoModelForCausalLM
 
+    import dist
     import grpo
     from sampler import ModelSampler
 
+    dist.start(dist.find_world())
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     grpo.use_grouped_attention(model)
     sampler, ids = ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS), prompt_ids(count)
@@ -290,7 +294,7 @@ def contestant(what: str, who: str, count: str, kind: str) -> None:
 def measure(row: str) -> dict:
     what, count, kind, names = ROWS[row]
     names = [n for n in names if n != "vllm" or importlib.util.find_spec("vllm")]
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = Path(tempfile.gettempdir()) / "bench-step.log"
     processes = {}
     for name in names:
