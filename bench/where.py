@@ -1,0 +1,145 @@
+"""Where the time of a step goes: generation and the training pass, part by part.
+
+    python bench/where.py              prints a table, writes bench/where.json and docs/where.png
+
+The embedded model in bfloat16, completions of exactly TOKENS tokens, all cores. Parts are wall-clock times around the
+functions that do the work, medians of REPEATS turns after one that does not count. `floor` is what the matrix products
+of the same step would take at the speed of one large product, measured in the same run; for products that read all
+weights for a few rows, as in generation, it is out of reach, and reading the weights once a token is the other floor.
+"""
+
+import functools
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import torch  # noqa: E402
+from step import MODEL, TOKENS, a_batch, limits  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import dist  # noqa: E402
+import grpo  # noqa: E402
+import lora  # noqa: E402
+import sampler  # noqa: E402
+
+REPEATS = 3
+ROWS = {"16 completions, full": (16, "full"), "64 completions, LoRA": (64, "lora")}
+spent: Counter = Counter()
+
+
+def timed(owner, name: str, part: str) -> None:
+    """Count the time inside owner.name as `part`, and no longer as the part it is called from."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        started, inner = time.perf_counter(), sum(spent.values())
+        result = function(*args, **kwargs)
+        spent[part] += time.perf_counter() - started - (sum(spent.values()) - inner)
+        return result
+
+    static = isinstance(owner.__dict__[name], staticmethod)
+    setattr(owner, name, staticmethod(wrapper) if static else wrapper)
+
+
+def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    if kind == "lora":
+        lora.inject(model, 16, 32)
+    grpo.use_grouped_attention(model)
+    optimizer = dist.ZeroAdamW(model.named_parameters(), max_grad_norm=1.0)
+    ids, completions, advantages, _ = a_batch(count)
+    policy = sampler.ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS)
+
+    def generate() -> None:
+        policy.generate(ids, range(count))
+
+    def train() -> None:
+        logps, _, mask = grpo.completion_logps(model, ids, completions, 1.0)
+        loss, _ = grpo.grpo_loss(
+            logps, logps.detach(), None, advantages, mask, epsilon=0.2, beta=0.0, num_completions=count
+        )
+        optimizer.backward(loss)
+        optimizer.step(0.0)
+
+    result = {}
+    for name, work in (("generation", generate), ("training", train)):
+        turns = []
+        for _ in range(REPEATS + 1):
+            spent.clear()
+            started = time.perf_counter()
+            work()
+            total = time.perf_counter() - started
+            turns.append(dict(spent) | {"the rest": total - sum(spent.values())})
+        result[name] = {part: statistics.median(turn[part] for turn in turns[1:]) for part in turns[-1]}
+    tokens, head = count * TOKENS, model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for n, p in lora.plain_parameters(model) if p.ndim == 2) - head
+    rows = grpo.Pack(ids, completions, model.config, "cpu").ids.numel()
+    # Forward, backward to the inputs and, for full training, to the weights: 2 operations a weight and token each.
+    passes = {"lora": 2, "full": 3}[kind]
+    operations = {"generation": 2 * tokens * (body + head), "training": 2 * passes * (rows * body + tokens * head)}
+    for name, total in operations.items():
+        result[name]["operations"] = total
+    return result
+
+
+def main() -> None:
+    dist.start(dist.find_world())
+    timed(grpo.PackedAttention, "forward", "attention")
+    timed(grpo.PackedAttention, "backward", "attention")
+    timed(grpo.HeadLogps, "forward", "head and log-probabilities")
+    timed(grpo.HeadLogps, "backward", "head and log-probabilities")
+    timed(grpo, "completion_hidden_states", "layers, forward")
+    timed(dist.ZeroAdamW, "backward", "layers, backward")
+    timed(dist.ZeroAdamW, "step", "optimizer")
+    timed(sampler.FusedLinear, "__init__", "packing the weights")
+    timed(sampler.FusedLinear, "__call__", "linear layers and head")
+    timed(sampler.DecodingLayer, "attend", "attention")
+    timed(sampler.DecodingLayer, "update", "attention")
+    timed(sampler, "sample_tokens", "drawing tokens")
+    machine = limits()
+    results = {row: parts(*settings) for row, settings in ROWS.items()}
+    for row, works in results.items():
+        for name, turn in works.items():
+            operations = turn.pop("operations")
+            total = sum(turn.values())
+            turn["floor"] = operations / machine["matmul_GFLOP_per_s"] / 1e9
+            print(f"\n{row}, {name}: {total:.2f} s; matrix products alone {turn['floor']:.2f} s")
+            for part, seconds in sorted(turn.items(), key=lambda item: -item[1]):
+                if part != "floor":
+                    print(f"    {part:28}{seconds:8.2f} s {seconds / total:6.0%}")
+    (HERE / "where.json").write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    draw(results)
+
+
+def draw(results: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [(f"{row}\n{name}", turn) for row, works in results.items() for name, turn in works.items()][::-1]
+    names = sorted({part for _, turn in bars for part in turn} - {"floor", "the rest"}) + ["the rest"]
+    figure, axes = plt.subplots(figsize=(10, 4.5))
+    left = [0.0] * len(bars)
+    for color, part in zip(plt.get_cmap("tab20").colors, names):
+        widths = [turn.get(part, 0.0) / (sum(turn.values()) - turn["floor"]) for _, turn in bars]
+        axes.barh([label for label, _ in bars], widths, left=left, color=color, label=part)
+        left = [a + b for a, b in zip(left, widths)]
+    for y, (_, turn) in enumerate(bars):
+        total = sum(turn.values()) - turn["floor"]
+        axes.text(1.01, y, f"{total:.1f} s", va="center")
+        axes.plot([turn["floor"] / total] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
+    axes.set(xlim=(0, 1), xlabel="share of the time; black: what its matrix products alone would take")
+    axes.legend(ncol=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1.0))
+    figure.tight_layout()
+    figure.savefig(HERE.parent / "docs" / "where.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
