@@ -8,20 +8,30 @@ shards, by element and not by tensor:
                rank 0's shard   rank 1's         rank 2's
 
 1. Backward. When the last gradient of a bucket arrives, the bucket's gradients are reduce-scattered while the backward
-   pass goes on: each rank receives the sum of its own shard, adds it to a float32 accumulator and frees the rest.
+   pass goes on: each rank sends every other one its shard, frees the whole, and sums what it receives for its own in
+   float32 (all-to-all and a local sum, as Megatron-LM's reduce-scatter with fp32 accumulation: a ring would round its
+   partial sums to bfloat16, and gloo's own reduce-scatter is an all-reduce, which sends twice as much).
 2. Update. The squared norm of all shards is all-reduced once to clip by the global norm; then AdamW runs on the
    rank's shard alone, on float32 master weights and moments that exist nowhere else.
-3. Gather. The updated shards are all-gathered straight into the parameters, which are views of their bucket.
+3. Gather. The updated shards are all-gathered straight into the parameters, which are views of their bucket, while the
+   next bucket is updated.
 
-Each rank sends at most 2·P·(N-1)/N elements a step, as many as an all-reduce. With one process nothing is sent and the
-same code is plain AdamW. A loss that is summed, not averaged, over ranks and micro-batches needs no division here.
+A rank sends P·(N-1)/N elements in phase 1 and as many in phase 3: 2·P·(N-1)/N a step, like one all-reduce. With K
+micro-batches a step it is (K+1)·P·(N-1)/N, since phase 1 comes K times: to keep nothing but its shard between them, a
+rank has to send the rest away each time. (To that add less than N numbers of padding a bucket, and one for the norm.)
+
+Bytes a rank for bfloat16 parameters: 2·P for them, and 16·P/N for gradients, master weights and two moments in float32;
+while a backward pass runs also one bucket that fills and one that is sent and received. (float32 parameters are their
+own master weights: 4·P and 12·P/N.) With one process nothing is sent and the same code is plain AdamW. A loss that is
+summed, not averaged, over ranks and micro-batches needs no division here.
 """
 
 import ctypes
 import math
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -30,9 +40,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renames the two collectives on flat tensors.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renames this collective on flat tensors.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+BLOCK = 1 << 20  # elements updated at once: few enough that a CPU's cache holds them from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -134,9 +144,7 @@ class Bucket:
     exp_avg: Tensor  # (shard,) float32 first moment
     exp_avg_sq: Tensor  # (shard,) float32 second moment
     grad: Tensor | None = None  # (shard,) float32, summed over ranks and micro-batches; None between steps
-    full_grad: Tensor | None = None  # (N · shard,) gradients of the backward pass under way
-    grads: list[Tensor] | None = None  # views of full_grad, one a parameter
-    arrived: int = 0  # how many of the parameters have their gradient in full_grad
+    arrived: int = 0  # how many of the parameters have their gradient of the backward pass under way
 
     @property
     def is_complete(self) -> bool:
@@ -147,13 +155,27 @@ class Bucket:
         sizes = [p.numel() for p in self.parameters]
         return [part.view(p.shape) for part, p in zip(flat[: sum(sizes)].split(sizes), self.parameters)]
 
+    def take_grads(self) -> Tensor:
+        """The parameters' gradients, zeros where there is none, moved into one tensor as long as `flat`."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.arrived = 0
+        if grads[0].numel() == len(self.flat):  # a large parameter alone in its bucket
+            return grads[0].flatten()
+        padding = self.flat.new_zeros(len(self.flat) - sum(g.numel() for g in grads))
+        return torch.cat([*(g.flatten() for g in grads), padding])
+
 
 class ZeroAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), the same update as torch.optim.AdamW, sharded over the ranks.
 
     named_parameters: those that require a gradient are trained. Matrices decay; vectors (norms, biases) do not.
-    max_grad_norm: of the whole gradient; 0 does not clip. bucket_size: parameters in one collective.
+    max_grad_norm: of the whole gradient; 0 does not clip. bucket_size: elements in one collective, as DeepSpeed's
+    reduce_bucket_size; a parameter with more (an embedding) is a bucket of its own.
     shard=False keeps all state on every rank (`--deepspeed none`): gradients are all-reduced, nothing is gathered.
+    A parameter that gets no gradient on any rank is updated as if it were zero, as in DeepSpeed: its moments and weights
+    decay. (torch.optim.AdamW skips it; but a rank that got none cannot know whether another did.)
 
     Call `backward(loss)` for each micro-batch, equally often on every rank, then `step(learning_rate)`.
     """
@@ -176,6 +198,7 @@ class ZeroAdamW:
         self.buckets: list[Bucket] = []
         self.next = 0  # the bucket to reduce next: every rank reduces in this order, or the collectives would not match
         self.in_flight: tuple[Bucket, Tensor, dist.Work | None] | None = None
+        self.waits: list[tuple] = []  # when this rank began and ceased to wait for others
         filling: dict[tuple, list] = {}
         # A backward pass reaches the last layers first, so that is where the first bucket lies.
         for name, parameter in reversed([(n, p) for n, p in named_parameters if p.requires_grad]):
@@ -196,10 +219,10 @@ class ZeroAdamW:
         bucket = Bucket(
             names, parameters, self.weight_decay if parameters[0].ndim >= 2 else 0.0, flat, shard, *[flat] * 3
         )
-        for i, (parameter, view) in enumerate(zip(parameters, bucket.views(flat))):
+        for parameter, view in zip(parameters, bucket.views(flat)):
             view.copy_(parameter)
             parameter.data = view
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, bucket, i))
+            parameter.register_post_accumulate_grad_hook(partial(self._collect, bucket))
         bucket.master = flat[shard].float()  # float() of a float32 tensor is that tensor
         bucket.exp_avg, bucket.exp_avg_sq = torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)
         self.buckets.append(bucket)
@@ -218,39 +241,41 @@ class ZeroAdamW:
         self._finish_reduce()
         self.next = 0
 
-    def _collect(self, bucket: Bucket, i: int, parameter: Tensor) -> None:
+    def _collect(self, bucket: Bucket, parameter: Tensor) -> None:
         """Autograd calls this when a parameter's gradient of this backward pass is complete."""
-        if bucket.full_grad is None:
-            bucket.full_grad = torch.zeros_like(bucket.flat)
-            bucket.grads = bucket.views(bucket.full_grad)
-        bucket.grads[i].add_(parameter.grad)
-        parameter.grad = None
         bucket.arrived += 1
         while self.next < len(self.buckets) and self.buckets[self.next].is_complete:
             self._reduce_next()
 
     def _reduce_next(self) -> None:
-        """Start to sum the next bucket's gradient over the ranks. One is under way at a time, so two are in memory."""
+        """Start to sum the next bucket's gradient over the ranks. One is under way at a time, while another fills."""
         self._finish_reduce()
         bucket = self.buckets[self.next]
         self.next += 1
-        full = bucket.full_grad if bucket.full_grad is not None else torch.zeros_like(bucket.flat)
-        bucket.full_grad, bucket.grads, bucket.arrived = None, None, 0
+        grads = received = bucket.take_grads()
+        work = None
         if self.shards > 1:
-            result = full.new_empty(len(bucket.master))
-            work = reduce_scatter(result, full, async_op=True)
-        else:
-            result, work = full, dist.all_reduce(full, async_op=True) if self.ranks > 1 else None
-        self.in_flight = (bucket, result, work)
+            received = torch.empty_like(grads)
+            work = dist.all_to_all_single(received, grads, async_op=True)
+        elif self.ranks > 1:
+            work = dist.all_reduce(grads, async_op=True)
+        self.in_flight = (bucket, received, work)
 
     def _finish_reduce(self) -> None:
         if self.in_flight is None:
             return
-        bucket, result, work = self.in_flight
+        bucket, received, work = self.in_flight
         self.in_flight = None
         if work is not None:
-            work.wait()
-        bucket.grad = result.float() if bucket.grad is None else bucket.grad.add_(result)
+            with self._waiting():
+                work.wait()
+        first, *others = received.view(self.shards, -1)  # what each rank has for this rank's shard
+        if bucket.grad is None:
+            bucket.grad = first.to(torch.float32, copy=self.shards > 1)  # a copy does not keep the others alive
+        else:
+            bucket.grad.add_(first)
+        for other in others:
+            bucket.grad.add_(other)
 
     # Phases 2 and 3: update the shard, gather the parameters.
 
@@ -260,9 +285,11 @@ class ZeroAdamW:
 
         FloatingPointError if that norm is not finite; the parameters are then as they were.
         """
-        squared = torch.stack([bucket.grad.square().sum(dtype=torch.float64) for bucket in self.buckets]).sum()
+        blocks = [block for bucket in self.buckets for block in bucket.grad.split(BLOCK)]
+        squared = torch.stack([block.square().sum() for block in blocks]).double().sum()
         if self.shards > 1:
-            dist.all_reduce(squared)
+            with self._waiting():
+                dist.all_reduce(squared)
         norm = squared.sqrt().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}")
@@ -270,17 +297,46 @@ class ZeroAdamW:
         self.steps += 1
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+        gathers = []
         for bucket in self.buckets:
-            grad, bucket.grad = bucket.grad.mul_(clip), None
-            bucket.exp_avg.lerp_(grad, 1 - beta1)
-            bucket.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            denominator = bucket.exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
-            bucket.master.mul_(1 - learning_rate * bucket.weight_decay)
-            bucket.master.addcdiv_(bucket.exp_avg, denominator, value=-learning_rate / correction1)
+            shards = (bucket.grad, bucket.exp_avg, bucket.exp_avg_sq, bucket.master)
+            for grad, exp_avg, exp_avg_sq, master in zip(*(shard.split(BLOCK) for shard in shards)):
+                grad.mul_(clip)
+                exp_avg.lerp_(grad, 1 - beta1)
+                exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                denominator = exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
+                master.mul_(1 - learning_rate * bucket.weight_decay)
+                master.addcdiv_(exp_avg, denominator, value=-learning_rate / correction1)
+            bucket.grad = None
             bucket.flat[bucket.shard] = bucket.master
             if self.shards > 1:
-                all_gather(bucket.flat, bucket.flat[bucket.shard].clone())
+                gathers.append(all_gather(bucket.flat, bucket.flat[bucket.shard], async_op=True))
+        with self._waiting():
+            for work in gathers:
+                work.wait()
         return norm
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.waits.append((started, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        """On a GPU, where Python runs ahead, a mark in the stream of computations: what waits there is that stream."""
+        if not self.buckets[0].flat.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_waited(self) -> float:
+        """Seconds that this rank waited for gradients, norms and parameters of others since the last call."""
+        waits, self.waits = self.waits, []
+        if not self.buckets[0].flat.is_cuda:
+            return sum(end - start for start, end in waits)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in waits) / 1000
 
     # Checkpoints: full tensors by parameter name, so that they load on any number of ranks.
 
