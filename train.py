@@ -74,6 +74,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
+        bucket_size=args.bucket_size,
         shard=args.deepspeed == "zero2",
     )
     step, num_tokens, unlogged = resume(args, model, optimizer) if args.resume_from_checkpoint else (0, 0, [])
@@ -157,6 +158,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     **sample.metrics,
                     **drift,
                     "grad_norm": grad_norm,
+                    "time/comm": optimizer.seconds_waited(),
                     "time/train": now - training,
                     "time/step": now - started,
                 },
@@ -840,6 +842,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     group = parser.add_argument_group("distributed").add_argument
     group("--deepspeed", choices=["none", "zero2", "zero3"], default="none", help="what the ranks share out")
+    group("--bucket_size", type=whole, default=25_000_000, help="elements that one collective of gradients sends")
     group("--ds3_gather_for_generation", type=boolean, default=True, help="with zero3: whole weights for generation")
 
     group = parser.add_argument_group("training").add_argument

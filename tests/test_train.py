@@ -60,7 +60,8 @@ def test_two_processes_train_as_one_does(train_type, model_folder, plugin, tmp_p
     common = {"train_type": train_type, "num_generations": 16, "num_iterations": 1, "learning_rate": 5e-4}
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     run_train(*flags_for(model_folder, plugin, one, **common, per_device_train_batch_size=32))
-    run_train(*flags_for(model_folder, plugin, two, **common, deepspeed="zero2"), processes=2)
+    run_train(*flags_for(model_folder, plugin, two, **common, deepspeed="zero2", bucket_size=1000), processes=2)
+    assert all(0 < line["time/comm"] < line["time/step"] for line in read_metrics(two))
     split = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     run_train(*flags_for(model_folder, plugin, three, **common | split))
     start = weights(one / "checkpoint-3") if train_type == "lora" else load_file(model_folder / "model.safetensors")
@@ -160,7 +161,7 @@ def test_metrics_and_completions_are_those_of_the_spec(model_folder, plugin, tmp
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     names = "step epoch loss reward reward_std rewards/vowels rewards/format kl clip_ratio entropy completion_length "
     names += "clipped_completions zero_std_groups grad_norm learning_rate num_tokens time/generate time/reward "
-    names += "time/train time/step sampler/logp_diff"
+    names += "time/train time/step time/comm sampler/logp_diff"
     for line in lines:
         assert set(names.split()) <= set(line)
         assert line["reward"] == pytest.approx(2 * line["rewards/vowels"] + 0.5 * line["rewards/format"])
@@ -452,6 +453,7 @@ BAD_INPUT = {
     "resume": (["--resume_from_checkpoint", "nowhere"], r"--resume_from_checkpoint nowhere: no checkpoint there"),
     "too long": (["--max_completion_length", "9000"], r"--max_completion_length 9000: .*512"),
     "max_length": (["--max_length", "3"], r"--max_length 3: every prompt is longer"),
+    "bucket": (["--bucket_size", "0"], r"--bucket_size: '0': a whole number from 1 works"),
     "zero3": (["--deepspeed", "zero3"], r"--deepspeed zero3: "),
     "plugin fails": (
         ["--external_plugins", "{tmp}/fails.py"],
