@@ -24,13 +24,18 @@ Bytes a rank for bfloat16 parameters: 2·P for them, and 16·P/N for gradients, 
 while a backward pass runs also one bucket that fills and one that is sent and received. (float32 parameters are their
 own master weights: 4·P and 12·P/N.) With one process nothing is sent and the same code is plain AdamW. A loss that is
 summed, not averaged, over ranks and micro-batches needs no division here.
+
+Stage 3 shards the parameters, too. PyTorch's `fully_shard` all-gathers a layer's when its forward or backward pass
+begins, frees them when it ends and reduce-scatters their gradients; what is left is to update the rank's part of each
+parameter, a bucket of its own here. Its hooks sit in the model's forward, so other ways through the model go through
+`forward`, or stand in a `gathered` block. All of it is collective: every rank makes the same passes, as often.
 """
 
 import ctypes
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,7 +43,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # torch 2.13 renames this collective on flat tensors.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -131,6 +138,50 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def shard_parameters(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """ZeRO-3, in place: every parameter becomes a DTensor, its rows shared out over the ranks, and moves to their devices.
+
+    Parameters in one of `layers` are whole while that layer computes, all others while the model does. Gradients are
+    summed over the ranks in the parameters' own type, as ZeRO-2's are, so that the stages agree, and kept in float32.
+    """
+    for part in (*layers, model):
+        fully_shard(part, reshard_after_forward=True)
+        part.set_gradient_divide_factor(1.0)  # not the mean
+        part.set_force_sum_reduction_for_comms(True)
+    model.run_forward = lambda function: function()
+    register_fsdp_forward_method(model, "run_forward")
+    forward(lambda model: None, model)  # the first to run is the root, and each layer could be that
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def forward(function: Callable, model: nn.Module, *args):
+    """function(model, *args), a forward pass that does not begin with the model's own."""
+    return model.run_forward(lambda: function(model, *args)) if is_sharded(model) else function(model, *args)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """In this block every rank has a model's parameters whole, to read, if they are sharded outside."""
+    parts = [module for module in model.modules() if is_sharded(module)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, a collective call; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass
 class Bucket:
     """Parameters of one dtype and weight decay in one flat tensor, and this rank's shard of their training state."""
@@ -158,10 +209,11 @@ class Bucket:
     def take_grads(self) -> Tensor:
         """The parameters' gradients, zeros where there is none, moved into one tensor as long as `flat`."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
         for parameter in self.parameters:
             parameter.grad = None
         self.arrived = 0
-        if grads[0].numel() == len(self.flat):  # a large parameter alone in its bucket
+        if grads[0].numel() == len(self.flat):  # a large parameter alone in its bucket, or ZeRO-3's part of one
             return grads[0].flatten()
         padding = self.flat.new_zeros(len(self.flat) - sum(g.numel() for g in grads))
         return torch.cat([*(g.flatten() for g in grads), padding])
@@ -174,6 +226,7 @@ class ZeroAdamW:
     max_grad_norm: of the whole gradient; 0 does not clip. bucket_size: elements in one collective, as DeepSpeed's
     reduce_bucket_size; a parameter with more (an embedding) is a bucket of its own.
     shard=False keeps all state on every rank (`--deepspeed none`): gradients are all-reduced, nothing is gathered.
+    After `shard_parameters` neither holds: each rank keeps and updates its part.
     A parameter that gets no gradient on any rank is updated as if it were zero, as in DeepSpeed: its moments and weights
     decay. (torch.optim.AdamW skips it; but a rank that got none cannot know whether another did.)
 
@@ -193,7 +246,10 @@ class ZeroAdamW:
     ):
         self.betas, self.eps, self.weight_decay, self.max_grad_norm = betas, eps, weight_decay, max_grad_norm
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.shards, self.index = (self.ranks, dist.get_rank()) if shard and self.ranks > 1 else (1, 0)
+        trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        self.stage3 = isinstance(trained[0][1], DTensor)
+        in_shards = shard and self.ranks > 1 and not self.stage3
+        self.shards, self.index = (self.ranks, dist.get_rank()) if in_shards else (1, 0)
         self.steps = 0  # updates made
         self.buckets: list[Bucket] = []
         self.next = 0  # the bucket to reduce next: every rank reduces in this order, or the collectives would not match
@@ -201,7 +257,10 @@ class ZeroAdamW:
         self.waits: list[tuple] = []  # when this rank began and ceased to wait for others
         filling: dict[tuple, list] = {}
         # A backward pass reaches the last layers first, so that is where the first bucket lies.
-        for name, parameter in reversed([(n, p) for n, p in named_parameters if p.requires_grad]):
+        for name, parameter in reversed(trained):
+            if self.stage3:
+                self._take_shard(name, parameter)
+                continue
             kind = (parameter.dtype, parameter.ndim >= 2)
             if kind in filling and sum(p.numel() for _, p in filling[kind]) + parameter.numel() > bucket_size:
                 self._make_bucket(filling.pop(kind))
@@ -227,15 +286,19 @@ class ZeroAdamW:
         bucket.exp_avg, bucket.exp_avg_sq = torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)
         self.buckets.append(bucket)
 
+    def _take_shard(self, name: str, parameter: DTensor) -> None:
+        """A bucket of this rank's part of one parameter, whose gradient `fully_shard` sums."""
+        local = parameter.detach().to_local().view(-1)
+        weight_decay = self.weight_decay if parameter.ndim >= 2 else 0.0
+        master = local.float()
+        moments = torch.zeros_like(master), torch.zeros_like(master)
+        self.buckets.append(Bucket([name], [parameter], weight_decay, local, slice(None), master, *moments))
+
     # Phase 1: reduce while the backward pass runs.
 
-    def backward(self, loss: Tensor | None) -> None:
-        """The backward pass; afterwards each rank holds its shard of the gradient summed over ranks, and no other.
-
-        None: this rank adds nothing, but the others' gradients still need it.
-        """
-        if loss is not None:
-            loss.backward()
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass; afterwards each rank holds its shard of the gradient summed over ranks, and no other."""
+        loss.backward()
         while self.next < len(self.buckets):  # those with parameters that got no gradient
             self._reduce_next()
         self._finish_reduce()
@@ -257,7 +320,7 @@ class ZeroAdamW:
         if self.shards > 1:
             received = torch.empty_like(grads)
             work = dist.all_to_all_single(received, grads, async_op=True)
-        elif self.ranks > 1:
+        elif self.ranks > 1 and not self.stage3:
             work = dist.all_reduce(grads, async_op=True)
         self.in_flight = (bucket, received, work)
 
@@ -269,7 +332,7 @@ class ZeroAdamW:
         if work is not None:
             with self._waiting():
                 work.wait()
-        first, *others = received.view(self.shards, -1)  # what each rank has for this rank's shard
+        first, *others = received.view(self.shards, len(bucket.master))  # what each rank has for this rank's shard
         if bucket.grad is None:
             bucket.grad = first.to(torch.float32, copy=self.shards > 1)  # a copy does not keep the others alive
         else:
@@ -287,7 +350,7 @@ class ZeroAdamW:
         """
         blocks = [block for bucket in self.buckets for block in bucket.grad.split(BLOCK)]
         squared = torch.stack([block.square().sum() for block in blocks]).double().sum()
-        if self.shards > 1:
+        if self.shards > 1 or self.stage3:
             with self._waiting():
                 dist.all_reduce(squared)
         norm = squared.sqrt().item()
@@ -346,11 +409,17 @@ class ZeroAdamW:
         for bucket in self.buckets:
             for kind in ("master", "exp_avg", "exp_avg_sq"):
                 full = shard = getattr(bucket, kind)
-                if self.shards > 1:
+                if self.stage3:
+                    p = bucket.parameters[0]
+                    local = shard.view(p.to_local().shape)
+                    full = whole(
+                        DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                    )
+                elif self.shards > 1:
                     full = shard.new_empty(self.shards * len(shard))
                     all_gather(full, shard)
                 if not dist.is_initialized() or dist.get_rank() == 0:
-                    pieces = zip(bucket.names, bucket.views(full))
+                    pieces = zip(bucket.names, bucket.views(full.flatten()))
                     state |= {f"{kind}.{name}": piece.to("cpu", copy=True) for name, piece in pieces}
         return state
 
@@ -360,9 +429,13 @@ class ZeroAdamW:
         self.steps = int(state["steps"])
         for bucket in self.buckets:
             for kind in ("master", "exp_avg", "exp_avg_sq"):
-                full = torch.zeros(len(bucket.flat))
-                for name, piece in zip(bucket.names, bucket.views(full)):
-                    piece.copy_(state[f"{kind}.{name}"])
+                if self.stage3:
+                    full, p = state[f"{kind}.{bucket.names[0]}"], bucket.parameters[0]
+                    full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local().flatten()
+                else:
+                    full = torch.zeros(len(bucket.flat))
+                    for name, piece in zip(bucket.names, bucket.views(full)):
+                        piece.copy_(state[f"{kind}.{name}"])
                 if kind == "master":
                     bucket.flat.copy_(full)
                 getattr(bucket, kind).copy_(full[bucket.shard])

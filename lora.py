@@ -153,15 +153,23 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def save(model: nn.Module, folder: str | Path, base_model: str, target_modules: Sequence[str]) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT names them."""
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    base_model: str,
+    target_modules: Sequence[str],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT names them.
+
+    weights: the adapters' by parameter name, for a model that does not hold them whole.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapted = list(layers(model))
-    tensors = {}
-    for name, module in adapted:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_A.detach().contiguous().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_B.detach().contiguous().cpu()
+    weights = weights or dict(model.named_parameters())
+    names = [f"{name}.{part}" for name, _ in adapted for part in ("lora_A", "lora_B")]
+    tensors = {f"base_model.model.{name}.weight": weights[name].detach().contiguous().cpu() for name in names}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     first = adapted[0][1]
     everything = list(target_modules) == ["all-linear"]

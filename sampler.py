@@ -39,7 +39,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lora
-from dist import World, has_bfloat16
+from dist import World, forward, gathered, has_bfloat16, is_sharded, whole
 from grpo import Pack, distinct, logits_from_hidden_states, pad, positions
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
@@ -90,6 +90,8 @@ class ModelSampler:
 
     eos_token_ids: any of them ends a completion. top_k 0 and top_p 1.0 are off. They narrow what can be drawn, while
     the log-probabilities stay those of softmax(logits / temperature), the distribution of the training objective.
+    A model with sharded parameters (ZeRO-3) is gathered for each call of `generate`, or with gather=False decodes as it
+    is: less memory, and every layer's parameters travel at every step. Either way every rank calls it.
     """
 
     def __init__(
@@ -101,30 +103,34 @@ class ModelSampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        gather: bool = True,
     ):
         self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
         self.top_p, self.top_k, self.metrics = top_p, top_k, {}
         self.eos = torch.tensor(sorted(eos_token_ids), device=next(model.parameters()).device)
-        self.decoder = LlamaDecoder if decodes_like_llama(model) else Decoder
+        self.layerwise = is_sharded(model) and not gather  # so all ranks decode as long as any
+        with nullcontext() if self.layerwise else gathered(model):
+            self.decoder = LlamaDecoder if not self.layerwise and decodes_like_llama(model) else Decoder
 
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model = model
 
-    @torch.inference_mode()
     def generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        if not prompt_ids:
-            return []
         training = self.model.training
         self.model.eval()
         try:
-            return self._generate(prompt_ids, seeds)
+            if self.layerwise:  # no inference mode: what FSDP gathers into is kept, and trained with
+                with torch.no_grad():
+                    return self._generate(prompt_ids or [[0]], seeds or [0])[: len(prompt_ids)]
+            with gathered(self.model), torch.inference_mode():
+                return self._generate(prompt_ids, seeds) if prompt_ids else []
         finally:
             self.model.train(training)
 
     def _generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         device = self.eos.device
         prompts, row_of = distinct(prompt_ids, device)
-        decoder = self.decoder(self.model, prompts, row_of, self.max_new_tokens)
+        decoder = forward(self.decoder, self.model, prompts, row_of, self.max_new_tokens)
         logits = decoder.logits
         uniforms = torch.stack([uniform_stream(seed, self.max_new_tokens) for seed in seeds]).to(device)
 
@@ -140,9 +146,9 @@ class ModelSampler:
             lengths[alive[stops]] = t + 1
             ended[alive[stops]] = True
             keep = (~ended[alive]).nonzero()[:, 0]
-            if len(keep) == 0 or t + 1 == self.max_new_tokens:
+            if t + 1 == self.max_new_tokens or self._all_ended(len(keep) == 0):
                 break
-            if len(keep) <= COMPACT_AT * len(alive):
+            if 0 < len(keep) <= COMPACT_AT * len(alive):
                 decoder.keep(keep)
                 alive, token = alive[keep], token[keep]
             logits = decoder.step(token)
@@ -150,6 +156,13 @@ class ModelSampler:
             Completion(ids[:n], values[:n], done)
             for ids, values, n, done in zip(tokens.tolist(), logps.tolist(), lengths.tolist(), ended.tolist())
         ]
+
+    def _all_ended(self, ended: bool) -> bool:
+        if self.layerwise:
+            running = torch.tensor(not ended, dtype=torch.int32, device=self.eos.device)
+            dist.all_reduce(running)
+            return running.item() == 0
+        return ended
 
 
 def sample_tokens(
@@ -435,27 +448,31 @@ class VLLMSampler:
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         rows = self.world.gather([(self.world.rank, list(p), s) for p, s in zip(prompt_ids, seeds, strict=True)])
-        completions, self.metrics = self._on_main(lambda: self._generate(rows))
+        weights = ((n, whole(t)) for n, t in lora.merged_parameters(self.model)) if self.stale else None
+        completions, self.metrics = self._on_main(lambda: self._generate(rows, weights), weights)
+        self.stale = False
         return [completion for (rank, _, _), completion in zip(rows, completions) if rank == self.world.rank]
 
     def _start(self, *args) -> None:
         self.engine = Engine(*args)
         self.engine.wait_until_started()
 
-    def _generate(self, rows: list[tuple[int, list[int], int]]) -> tuple[list[Completion], dict[str, float]]:
+    def _generate(self, rows: list[tuple[int, list[int], int]], weights) -> tuple[list[Completion], dict[str, float]]:
         metrics = {"time/sync": 0.0}
         if self.stale:
             started = time.perf_counter()
-            self.engine.send_weights(self.model)
-            self.stale = False
+            self.engine.send_weights(self.model, weights)
             metrics["time/sync"] = time.perf_counter() - started
         groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row[1])]
         # One request a group: vLLM gives its i-th completion the seed of the request plus i.
         requests = [(prompt, len(group), seed) for group in groups for _, prompt, seed in group[:1]]
         return self.engine.generate(requests, self.sampling), metrics
 
-    def _on_main(self, function: Callable):
-        """What rank 0's call returns, or the SamplerError that it raises, on every rank."""
+    def _on_main(self, function: Callable, weights: Iterator | None = None):
+        """What rank 0's call returns, or the SamplerError that it raises, on every rank.
+
+        weights: what it goes through; the other ranks help to gather them, if they are sharded.
+        """
         outcome = None
         if self.world.is_main:
             try:
@@ -464,6 +481,9 @@ class VLLMSampler:
                 outcome = error
             except OSError as error:  # no room for a log, no process to be had
                 outcome = SamplerError(f"--use_vllm true: {error}")
+        if is_sharded(self.model):
+            for _ in weights or ():  # on rank 0, those that it came to no more
+                pass
         outcome = self.world.from_main(outcome)
         if isinstance(outcome, SamplerError):
             raise outcome
@@ -507,14 +527,17 @@ class Engine:
             self.pipe.send(("generate", requests, sampling))
         return [Completion(*parts) for parts in self.reply()]
 
-    def send_weights(self, model: torch.nn.Module) -> None:
-        """Stream the policy's weights, adapters merged one layer at a time, and check that they arrived."""
+    def send_weights(self, model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]] | None = None) -> None:
+        """Stream the policy's weights, adapters merged one layer at a time, and check that they arrived.
+
+        weights: lora.merged_parameters(model), whole, if the model's own are sharded.
+        """
         sent = Fingerprint()
         with self.watched():
             self.pipe.send(("take_weights", [(n, p.shape, p.dtype) for n, p in lora.plain_parameters(model)]))
             if self.group is None:
                 self.group = WeightGroup(self.store, 0, self.backend, next(model.parameters()).device)
-        for name, tensor in lora.merged_parameters(model):
+        for name, tensor in weights or lora.merged_parameters(model):
             tensor = tensor.to(self.group.device).contiguous()
             with self.watched():
                 self.group.send(tensor, self.process, self.timeout)

@@ -16,7 +16,6 @@ Every random number belongs to a completion or to an epoch, so the number of ran
 
 import argparse
 import atexit
-import copy
 import difflib
 import importlib.util
 import json
@@ -33,6 +32,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         bucket_size=args.bucket_size,
         shard=args.deepspeed == "zero2",
     )
-    step, num_tokens, unlogged = resume(args, model, optimizer) if args.resume_from_checkpoint else (0, 0, [])
+    step, num_tokens, unlogged = resume(args, optimizer) if args.resume_from_checkpoint else (0, 0, [])
     rewards.start()
     log = Log(args, world, max_steps, step, unlogged)
 
@@ -115,15 +115,12 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             names = ["loss", "clip_ratio"] + ["entropy"] * (sample.num_trained > 0) + ["kl"] * (reference is not None)
             sums = dict.fromkeys(names, 0.0)
             for i, micro in enumerate(micro_batches):
-                if not micro:
-                    optimizer.backward(None)
-                    continue
-                logps, entropies, mask = grpo.completion_logps(
-                    model,
-                    [sample.prompt_ids[j] for j in micro],
-                    [sample.completion_ids[j] for j in micro],
-                    args.temperature,
+                logps, entropies, mask = dist.forward(
+                    grpo.completion_logps, model, *sample.tokens(micro), args.temperature
                 )
+                if not micro:
+                    optimizer.backward(0.0 * logps.sum())
+                    continue
                 if old_logps[i] is None:
                     old_logps[i] = logps.detach()
                     sample.compare_with_sampler(micro, logps.detach())
@@ -237,6 +234,10 @@ def prepare(args: argparse.Namespace, world: dist.World):
 
 def check(args: argparse.Namespace, world_size: int) -> None:
     """What can be said of the flags alone."""
+    if args.use_vllm and args.deepspeed == "zero3" and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "--ds3_gather_for_generation false: vLLM needs whole weights; true, or --use_vllm false, works"
+        )
     if args.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "--use_vllm true: vLLM is not installed; make vllm installs it, --use_vllm false samples without"
@@ -245,8 +246,6 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         device_of_vllm(args)
         if args.temperature < 0.01:
             raise ValueError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
-    if args.deepspeed == "zero3":
-        raise ValueError("--deepspeed zero3: there is no ZeRO-3 yet; none and zero2 work")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"--output_dir {args.output_dir}: is a file; a folder, there or not, works")
     if args.resume_from_checkpoint and not (checkpoint_to_resume(args) / "trainer_state.json").exists():
@@ -291,29 +290,59 @@ def model_config(args: argparse.Namespace):
     except ValueError as error:
         raise ValueError(f"--model {args.model}: not a causal language model ({first_line(error)})") from error
     if args.train_type == "lora":
-        lora.find_targets(model, args.target_modules)
+        lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
+    if args.resume_from_checkpoint:
+        check_checkpoint(args, model)
     return config
+
+
+def check_checkpoint(args: argparse.Namespace, model) -> None:
+    """Whether the checkpoint to resume is of the parameters that this model (one without weights will do) trains."""
+    folder = checkpoint_to_resume(args)
+    try:
+        with safe_open(folder / "optimizer.safetensors", "pt") as file:
+            names = [name for name in file.keys() if name.startswith("master.")]  # noqa: SIM118
+            there = {name.removeprefix("master."): file.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--resume_from_checkpoint {folder}: not a whole checkpoint ({first_line(error)})") from error
+    here = {name: list(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"--resume_from_checkpoint {folder}: {name} is {there.get(name, 'absent')} there and "
+                f"{here.get(name, 'absent')} in this run; the --model, --train_type, --lora_rank and --target_modules "
+                "of then work"
+            )
 
 
 def load_policy(args: argparse.Namespace, world: dist.World):
     """The model to train, and what the KL term compares it with.
 
-    The reference is the same model with its adapters off for LoRA, a frozen copy for full training, None when β is 0.
+    The reference is the same model with its adapters off for LoRA, a second one for full training, None when β is 0.
     """
     torch.manual_seed(args.seed)  # LoRA's A matrices, the same on every rank
     dtype = getattr(torch, args.torch_dtype)
     if dtype == torch.bfloat16 and not dist.has_bfloat16(world.device):
         say(world, "--torch_dtype bfloat16: this CPU has no instructions for it; float32 is several times as fast here")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(world.device)
-    grpo.use_grouped_attention(model)
-    if not grpo.head_is_plain(model):
-        raise ValueError(f"--model {args.model}: does more with its logits than log-probabilities here allow for")
-    reference = None
-    if args.train_type == "lora":
-        lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
-        reference = model if args.beta else None
-    elif args.beta:
-        reference = copy.deepcopy(model).requires_grad_(False)
+
+    def load():
+        # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        if args.train_type == "lora":
+            lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
+        if args.deepspeed == "zero3" and world.size > 1:
+            layers = model._no_split_modules or []  # the names of their classes
+            dist.shard_parameters(model, [m for m in model.modules() if type(m).__name__ in layers])
+        else:
+            model.to(world.device)
+        dist.forward(grpo.use_grouped_attention, model)
+        if not dist.forward(grpo.head_is_plain, model):
+            raise ValueError(f"--model {args.model}: does more with its logits than log-probabilities here allow for")
+        return model
+
+    model, reference = load(), None
+    if args.beta:
+        reference = model if args.train_type == "lora" else load().requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train(), reference
@@ -331,7 +360,7 @@ def make_sampler(args: argparse.Namespace, world: dist.World, model, tokenizer) 
         "top_k": args.top_k,
     }
     if not args.use_vllm:
-        return ModelSampler(model, **settings)
+        return ModelSampler(model, **settings, gather=args.ds3_gather_for_generation)
     device = device_of_vllm(args)
     shared = device.type == "cuda" and device == world.device
     memory = args.vllm_gpu_memory_utilization or (0.3 if shared else 0.9)
@@ -405,6 +434,11 @@ class Rollout:
         """Indices of this rank's completions in as many micro-batches as every rank has; one may be empty."""
         lengths = [len(ids) for ids in self.completion_ids]
         return split_evenly(range(len(lengths)), lengths, args.gradient_accumulation_steps)
+
+    def tokens(self, micro: list[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """A micro-batch's prompts and completions; of an empty one a token each, since with ZeRO-3 a rank's passes are
+        part of the others'."""
+        return [self.prompt_ids[i] for i in micro] or [[0]], [self.completion_ids[i] for i in micro] or [[0]]
 
     def compare_with_sampler(self, micro: list[int], logps: torch.Tensor) -> None:
         """Remember how far the trainer's log-probabilities are from those the sampler drew with."""
@@ -507,12 +541,11 @@ def split_evenly(items: Sequence[int], sizes: Sequence[int], parts: int) -> list
 
 def reference_logps(args, reference, sample: Rollout, micro: list[int]) -> torch.Tensor | None:
     """The reference policy's log-probabilities of a micro-batch, (B, T); None without a reference."""
-    if reference is None or not micro:
+    if reference is None:
         return None
     training = reference.training
     with torch.no_grad(), lora.disabled(reference.eval()):
-        prompts, completions = [sample.prompt_ids[i] for i in micro], [sample.completion_ids[i] for i in micro]
-        logps, _, _ = grpo.completion_logps(reference, prompts, completions, args.temperature)
+        logps, _, _ = dist.forward(grpo.completion_logps, reference, *sample.tokens(micro), args.temperature)
     reference.train(training)
     return logps
 
@@ -663,10 +696,13 @@ def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, u
     if world.is_main:
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        weights = {n: t for n, t in model.state_dict().items() if n not in parameters}  # buffers
+        weights |= {n: state[f"master.{n}"].to(p.dtype) for n, p in parameters.items() if f"master.{n}" in state}
         if args.train_type == "lora":
-            lora.save(model, unfinished, str(args.model), args.target_modules)
+            lora.save(model, unfinished, str(args.model), args.target_modules, weights)
         else:
-            model.save_pretrained(unfinished)
+            model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         save_file(state, unfinished / "optimizer.safetensors")
         progress = {"step": step, "num_tokens": num_tokens, "unlogged": unlogged}
@@ -699,17 +735,10 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path:
     return (checkpoints(args.output_dir) or [Path(args.output_dir)])[-1]
 
 
-def resume(args: argparse.Namespace, model, optimizer) -> tuple[int, int, list[dict]]:
-    """Take a checkpoint's weights and optimizer state → step, tokens so far, steps not logged yet."""
+def resume(args: argparse.Namespace, optimizer) -> tuple[int, int, list[dict]]:
+    """Take a checkpoint's optimizer state, and the weights with it → step, tokens so far, steps not logged yet."""
     folder = checkpoint_to_resume(args)
-    try:
-        if args.train_type == "lora":
-            lora.load(model, folder)
-        optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
-    except (KeyError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(
-            f"--resume_from_checkpoint {folder}: not of this model and flags ({first_line(error)})"
-        ) from error
+    optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
     progress = json.loads((folder / "trainer_state.json").read_text())
     return progress["step"], progress["num_tokens"], progress["unlogged"]
 

@@ -454,7 +454,10 @@ BAD_INPUT = {
     "too long": (["--max_completion_length", "9000"], r"--max_completion_length 9000: .*512"),
     "max_length": (["--max_length", "3"], r"--max_length 3: every prompt is longer"),
     "bucket": (["--bucket_size", "0"], r"--bucket_size: '0': a whole number from 1 works"),
-    "zero3": (["--deepspeed", "zero3"], r"--deepspeed zero3: "),
+    "zero3 in layers with vLLM": (
+        shlex.split("--deepspeed zero3 --ds3_gather_for_generation false --use_vllm true"),
+        r"--ds3_gather_for_generation false: vLLM needs whole weights; true, or --use_vllm false, works",
+    ),
     "plugin fails": (
         ["--external_plugins", "{tmp}/fails.py"],
         r"--external_plugins .*: failed to import: .*fails.py:2",
