@@ -32,17 +32,25 @@ parameter, a bucket of its own here. Its hooks sit in the model's forward, so ot
 """
 
 import ctypes
+import errno
+import fcntl
 import math
 import os
+import selectors
+import socket
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -91,6 +99,36 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @property
+    def place(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def together(self, function: Callable, *args):
+        """What the call returns; a ValueError about a flag that it raises on some rank is raised on every rank."""
+        if self.size == 1:
+            return function(*args)
+        result = problem = None
+        try:
+            result = function(*args)
+        except ValueError as error:
+            if not str(error).startswith("--"):
+                raise
+            problem = error
+        problems = self.gather([problem and (str(problem), self.place)])
+        for text, place in filter(None, problems):
+            raise ValueError(text if all(problems) else f"{text} (says {place})") from problem
+        return result
+
+    def agree(self, values: dict[str, object]) -> None:
+        """ValueError on every rank, of the first flag whose value is not the same on all."""
+        (first, expected), *others = self.gather([(self.place, values)])
+        for place, theirs in others:
+            for flag, value in expected.items():
+                if theirs.get(flag) != value:
+                    raise ValueError(
+                        f"--{flag} {value}: on {first}, but {theirs.get(flag)} on {place}; all ranks need the same"
+                    )
+
 
 def find_world() -> World:
     """This process's place among those that torchrun started (alone without it), and its GPU if there are any."""
@@ -105,16 +143,42 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def start(world: World) -> None:
-    """Join the other processes: NCCL on GPUs, gloo on CPUs."""
+def start(
+    world: World, timeout: float = 30.0, on_loss: Callable[[str], None] = print, meeting: float = 300.0
+) -> "Watch | None":
+    """Join the other processes, NCCL on GPUs and gloo on CPUs, and watch that none is lost; see `Watch`.
+
+    meeting: seconds in which all must have come. ValueError, one line, when they have not.
+    """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         use_cpu_well(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if world.size > 1:
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        # Ranks wait here while rank 0's vLLM generates; torchrun and the engine's own limit see to what is lost.
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if world.size == 1:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # or else torchrun does
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=meeting), multi_tenant=True
+        )
+        store = dist.PrefixStore(f"train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        watch = Watch(world, host, store, timeout, on_loss, meeting)
+    except (dist.DistError, OSError) as error:
+        if os.strerror(errno.EADDRINUSE).lower() in str(error).lower():
+            raise ValueError(
+                f"--master_port {port}: in use on this machine; a free one, on every node, works"
+            ) from error
+        raise ValueError(
+            f"--master_addr {host} --master_port {port}: {world.place} did not meet rank 0 there within {meeting:g} s; "
+            "an address of rank 0's machine that all others reach works"
+        ) from error
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(host)):
+        os.environ["GLOO_SOCKET_IFNAME"] = name  # gloo would take what the host name stands for, often loopback
+    # Ranks wait here while rank 0's vLLM generates; the watch and the engine's own limit see to what is lost.
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(hours=2))
+    return watch
 
 
 def use_cpu_well(processes: int) -> None:
@@ -132,10 +196,160 @@ def use_cpu_well(processes: int) -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD: it grows by this much
 
 
-def stop() -> None:
+def stop(watch: "Watch | None" = None) -> None:
     """Leave the process group, if there is one."""
+    if watch:
+        watch.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which this machine reaches a host over IPv4, where that can be told."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # sends nothing
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == probe.getsockname()[0]:
+                    return name
+    return None
+
+
+class Watch:
+    """Ends this process when another one of the run is lost. Without it, gloo waits for hours and NCCL for ever.
+
+    Every rank keeps a connection to rank 0, apart from all others, on which a thread says each second that it lives:
+
+        its process ends without a good-bye      the connection closes: at once
+        its machine is switched off or cut off   the kernel gets no acknowledgement (TCP_USER_TIMEOUT): `timeout` s
+        it is stopped, or holds Python's lock    nothing is said: 4 · `timeout` s, since it may yet go on
+
+    Rank 0 tells the others of whom it lost. `on_loss` gets one line that names rank and host, from the thread, and has
+    to end the process: its main thread may be deep in a collective that never returns.
+    """
+
+    ALIVE, FAILED, DONE = b"\1", b"\2", b"\3"
+    GRACE = 3.0  # seconds for a process to end with an error of its own when another one has said that it failed
+
+    def __init__(self, world: World, host: str, store, timeout: float, on_loss: Callable[[str], None], meeting: float):
+        self.timeout, self.on_loss = timeout, on_loss
+        self.peers: dict[socket.socket, str] = {}  # connections, and who is at their other ends
+        self.closed, self.deferred = False, threading.Event()
+        if world.is_main:
+            self._await_all(world, store, time.monotonic() + meeting)
+        else:
+            port, place = store.get("watch").decode().split(" ", 1)
+            connection = socket.create_connection((host, int(port)), meeting)
+            connection.sendall(f"{world.rank} {world.place}\n".encode())
+            self.peers[connection] = place
+        for connection in self.peers:
+            connection.settimeout(None)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(timeout * 1000))
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _await_all(self, world: World, store, deadline: float) -> None:
+        missing = set(range(1, world.size))
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=world.size, dualstack_ipv6=dual) as server:
+            store.set("watch", f"{server.getsockname()[1]} {world.place}")
+            while missing:
+                try:
+                    server.settimeout(max(0.001, deadline - time.monotonic()))
+                    connection, _ = server.accept()
+                    connection.settimeout(max(0.001, deadline - time.monotonic()))
+                    rank, place = connection.makefile().readline().strip().split(" ", 1)
+                except TimeoutError:
+                    raise ValueError(
+                        f"--nnodes: rank {', '.join(map(str, sorted(missing)))} of {world.size} did not come within "
+                        "the time to meet; the same command on every node, each with its --node_rank, works"
+                    ) from None
+                missing.discard(int(rank))
+                self.peers[connection] = place
+
+    def close(self, word: bytes = FAILED) -> None:
+        """Watch no more, and tell the others that this process ends: as it should (DONE), or with a failure of its own."""
+        if not self.closed:
+            self.closed = True
+            for connection in list(self.peers):
+                with suppress(OSError):
+                    connection.sendall(word)
+                connection.close()
+
+    def defer(self) -> None:
+        """The main thread has failed, perhaps because another process is lost; if so this ends the process."""
+        self.deferred.set()
+        self.thread.join(self.GRACE)
+
+    def _run(self) -> None:
+        lost, grace = self._await_loss()
+        if lost and not self.closed:
+            for connection in self.peers:  # rank 0's, to all others
+                with suppress(OSError):
+                    connection.sendall(self.FAILED * (grace > 0) + lost.encode())
+            self.deferred.wait(grace)
+        if lost and not self.closed:
+            self.on_loss(lost)
+
+    def _await_loss(self) -> tuple[str, float]:
+        """Who was lost and how, and the seconds to wait for an error of one's own; no text if nobody ever is."""
+        heard, spoken = dict.fromkeys(self.peers, time.monotonic()), 0.0
+        selector = selectors.DefaultSelector()
+        for connection in self.peers:
+            selector.register(connection, selectors.EVENT_READ)
+        try:
+            while self.peers and not self.closed:
+                for key, _ in selector.select(1.0):
+                    connection, place = key.fileobj, self.peers[key.fileobj]
+                    said = connection.recv(4096)
+                    heard[connection] = time.monotonic()
+                    if told := said.strip(self.ALIVE + self.FAILED + self.DONE):
+                        return told.decode(), self.GRACE * (self.FAILED in said)
+                    if self.FAILED in said:
+                        return f"lost {place}: it failed, and has told why", self.GRACE
+                    if not said:
+                        return f"lost {place}: its process has ended", 0.0
+                    if self.DONE in said:
+                        selector.unregister(connection)
+                        del self.peers[connection]
+                if time.monotonic() > spoken + 1.0:
+                    spoken = time.monotonic()
+                    for connection, place in self.peers.items():
+                        if spoken > heard[connection] + 4 * self.timeout:
+                            return f"lost {place}: no sign of life for {4 * self.timeout:g} s", 0.0
+                        with suppress(ConnectionError):  # recv has its last words, if there are any
+                            connection.sendall(self.ALIVE)
+        except ConnectionError:
+            return f"lost {place}: its process has ended", 0.0
+        except OSError as error:
+            return f"lost {place}: out of reach for {self.timeout:g} s ({error.strerror})", 0.0
+        return "", 0.0
+
+
+class FileOfMain:
+    """A safetensors file on rank 0's disk, as every rank reads it: `file[name]`, the same names in the same order.
+
+    Rank 0 reads one tensor at a time and sends it to the others, so no rank holds more than that.
+    """
+
+    def __init__(self, world: World, path: Path):
+        self.world, self.file = world, safe_open(path, "pt") if world.is_main else None
+        names = self.file.keys() if world.is_main else ()
+        self.shapes = world.from_main({name: tuple(self.file.get_slice(name).get_shape()) for name in names})
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]  # a KeyError is every rank's
+        tensor = self.file.get_tensor(name) if self.world.is_main else None
+        if self.world.size == 1:
+            return tensor
+        dtype = self.world.from_main(tensor is not None and tensor.dtype)
+        tensor = torch.empty(shape, dtype=dtype) if tensor is None else tensor
+        tensor = tensor.to(self.world.device)
+        dist.broadcast(tensor, src=0)
+        return tensor
 
 
 def shard_parameters(model: nn.Module, layers: Iterable[nn.Module]) -> None:

@@ -17,6 +17,7 @@ Every random number belongs to a completion or to an epoch, so the number of ran
 import argparse
 import atexit
 import difflib
+import hashlib
 import importlib.util
 import json
 import math
@@ -26,14 +27,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -43,7 +45,7 @@ import dist
 import grpo
 import lora
 from rewards import COUNTERS, RewardError, Rewards, load_plugins, total
-from sampler import ModelSampler, Sampler, SamplerError, VLLMSampler, vllm_device
+from sampler import Fingerprint, ModelSampler, Sampler, SamplerError, VLLMSampler, vllm_device
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and --dataset_num_proc's forks do not mix
 transformers_logging.disable_progress_bar()
@@ -59,9 +61,12 @@ DEMO = (
 
 
 def train(args: argparse.Namespace, world: dist.World) -> None:
-    # Everything that can be wrong is found here, before the processes meet and a model is loaded.
-    tokenizer, train_rows, val_rows, rewards = prepare(args, world)
-    dist.start(world)
+    # Everything that can be wrong, on any rank, is found here, before a model is loaded.
+    world.agree({flag: value for flag, value in vars(args).items() if flag not in NODES_OWN})
+    tokenizer, train_rows, val_rows, rewards = world.together(prepare, args, world)
+    if world.size > 1:
+        world.agree(contents(args, train_rows, val_rows))
+    world.together(start_folder, args, world)
     completions_per_step = world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     prompts_per_batch = completions_per_step // args.num_generations
     steps_per_epoch = args.num_iterations * len(train_rows) / prompts_per_batch
@@ -77,7 +82,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         bucket_size=args.bucket_size,
         shard=args.deepspeed == "zero2",
     )
-    step, num_tokens, unlogged = resume(args, optimizer) if args.resume_from_checkpoint else (0, 0, [])
+    step, num_tokens, unlogged = resume(args, world, optimizer) if args.resume_from_checkpoint else (0, 0, [])
     rewards.start()
     log = Log(args, world, max_steps, step, unlogged)
 
@@ -181,6 +186,8 @@ def prepare(args: argparse.Namespace, world: dist.World):
     ValueError, one line that begins with the flag at fault.
     """
     check(args, world.size)
+    if world.is_main:
+        check_folder(args)
     load_plugins(args.external_plugins)
     rewards = Rewards(args.reward_funcs, args.reward_weights, device=world.device, **vars(args))
     atexit.register(rewards.close)
@@ -192,7 +199,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
         if not (args.eval_steps or args.eval_on_start):
             say(world, "--val_dataset: never evaluated on without --eval_steps or --eval_on_start true")
 
-    config = model_config(args)
+    config = model_config(args, world)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
@@ -227,8 +234,6 @@ def prepare(args: argparse.Namespace, world: dist.World):
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
         say(world, note)
-    if world.is_main:
-        start_folder(args)
     return tokenizer, train_rows, val_rows, rewards
 
 
@@ -246,13 +251,6 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         device_of_vllm(args)
         if args.temperature < 0.01:
             raise ValueError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise ValueError(f"--output_dir {args.output_dir}: is a file; a folder, there or not, works")
-    if args.resume_from_checkpoint and not (checkpoint_to_resume(args) / "trainer_state.json").exists():
-        raise ValueError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; true, for the newest in "
-            "--output_dir, or a checkpoint-N folder works"
-        )
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("--report_to wandb: wandb is not installed; pip install wandb, or --report_to tensorboard")
     evaluating = bool(args.val_dataset or args.eval_steps)
@@ -273,7 +271,43 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             )
 
 
-def model_config(args: argparse.Namespace):
+def check_folder(args: argparse.Namespace) -> None:
+    """What rank 0 writes to and resumes from; other nodes may have disks of their own."""
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir}: is a file; a folder, there or not, works")
+    files = ("trainer_state.json", "optimizer.safetensors") if args.resume_from_checkpoint else ()
+    if not all((checkpoint_to_resume(args) / file).exists() for file in files):
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; true, for the newest in "
+            "--output_dir, or a checkpoint-N folder works"
+        )
+
+
+# Flags that may differ between ranks. Nodes may keep files under other names; `contents` compares what is in them.
+NODES_OWN = {"output_dir", "model", "dataset", "val_dataset", "system", "external_plugins"}
+NODES_OWN |= {"dataset_num_proc", "dataloader_num_workers"}
+
+
+def contents(args: argparse.Namespace, train_rows: list[dict], val_rows: list[dict]) -> dict[str, str]:
+    """What the files that flags name hold, in short."""
+
+    def digest(parts: Iterable[bytes]) -> str:
+        sums = hashlib.sha256()
+        for part in parts:
+            sums.update(part)
+        return sums.hexdigest()[:12]
+
+    def told(rows: list[dict]) -> str:
+        return f"({len(rows)} rows, {digest(json.dumps(row, sort_keys=True, default=str).encode() for row in rows)})"
+
+    return {
+        "dataset": told(train_rows),
+        "val_dataset": told(val_rows),
+        "external_plugins": f"({digest(Path(file).read_bytes() for file in args.external_plugins)})",
+    }
+
+
+def model_config(args: argparse.Namespace, world: dist.World):
     """The model's configuration; a LoRA run's target modules are looked for in a model without weights."""
     if Path(args.model) == EMBEDDED_MODEL and not EMBEDDED_MODEL.exists():
         raise ValueError(f"--model {args.model}: the embedded model is not on disk yet; make model puts it there")
@@ -291,7 +325,7 @@ def model_config(args: argparse.Namespace):
         raise ValueError(f"--model {args.model}: not a causal language model ({first_line(error)})") from error
     if args.train_type == "lora":
         lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
-    if args.resume_from_checkpoint:
+    if args.resume_from_checkpoint and world.is_main:
         check_checkpoint(args, model)
     return config
 
@@ -328,6 +362,11 @@ def load_policy(args: argparse.Namespace, world: dist.World):
     def load():
         # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        if world.size > 1:
+            weights = Fingerprint()
+            for name, parameter in model.named_parameters():
+                weights.add(name, parameter.detach())
+            world.agree({"model": f"(weights {weights.digest()[:12]})"})
         if args.train_type == "lora":
             lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
         if args.deepspeed == "zero3" and world.size > 1:
@@ -659,8 +698,10 @@ class Log:
             self.wandb.finish()
 
 
-def start_folder(args: argparse.Namespace) -> None:
+def start_folder(args: argparse.Namespace, world: dist.World) -> None:
     """Make the output folder and write args.json; what an earlier run left there moves to a folder beside it."""
+    if not world.is_main:
+        return
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -725,6 +766,8 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def how_to_resume(args: argparse.Namespace) -> str:
+    if int(os.environ.get("GROUP_RANK", 0)):  # another node than rank 0's, whose disk has the checkpoints
+        return "--resume_from_checkpoint true, on every node, goes on from rank 0's newest checkpoint, if there is one"
     kept = checkpoints(args.output_dir)
     return f"--resume_from_checkpoint true goes on from {kept[-1]}" if kept else "there is no checkpoint yet"
 
@@ -735,11 +778,14 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path:
     return (checkpoints(args.output_dir) or [Path(args.output_dir)])[-1]
 
 
-def resume(args: argparse.Namespace, optimizer) -> tuple[int, int, list[dict]]:
-    """Take a checkpoint's optimizer state, and the weights with it → step, tokens so far, steps not logged yet."""
-    folder = checkpoint_to_resume(args)
-    optimizer.load_state_dict(load_file(folder / "optimizer.safetensors"))
-    progress = json.loads((folder / "trainer_state.json").read_text())
+def resume(args: argparse.Namespace, world: dist.World, optimizer) -> tuple[int, int, list[dict]]:
+    """Take a checkpoint's optimizer state, which holds the weights → step, tokens so far, steps not logged yet.
+
+    Only rank 0 needs to have the checkpoint.
+    """
+    folder = checkpoint_to_resume(args) if world.is_main else None
+    optimizer.load_state_dict(dist.FileOfMain(world, folder and folder / "optimizer.safetensors"))
+    progress = world.from_main(world.is_main and json.loads((folder / "trainer_state.json").read_text()))
     return progress["step"], progress["num_tokens"], progress["unlogged"]
 
 
@@ -787,15 +833,22 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """One line and exit status 2, said by rank 0 alone."""
+        """One line and exit status 2."""
         fail(message.removeprefix("argument "))
 
 
 def fail(message: str, status: int = 2):
-    """End with one line; what is wrong with the flags (status 2) is the same on every rank and said by rank 0."""
-    if status != 2 or int(os.environ.get("RANK", 0)) == 0:
+    """End with one line; what is wrong with the flags (status 2) is said once, or on each node before they have met."""
+    if status != 2 or int(os.environ.get("RANK" if torch.distributed.is_initialized() else "LOCAL_RANK", 0)) == 0:
         tqdm.write(f"train.py: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
     sys.exit(status)
+
+
+def end_for_loss(args: argparse.Namespace, lost: str) -> None:
+    """End at once, whatever the main thread waits for; vLLM and the judge of answers end when this process does."""
+    tqdm.write(f"train.py: {lost}; {how_to_resume(args)}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -873,6 +926,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--deepspeed", choices=["none", "zero2", "zero3"], default="none", help="what the ranks share out")
     group("--bucket_size", type=whole, default=25_000_000, help="elements that one collective of gradients sends")
     group("--ds3_gather_for_generation", type=boolean, default=True, help="with zero3: whole weights for generation")
+    group(
+        "--node_timeout", type=positive, default=30.0, help="seconds another machine may be out of reach, once started"
+    )
 
     group = parser.add_argument_group("training").add_argument
     group("--output_dir", default="output", help="folder for all that the run writes")
@@ -937,8 +993,11 @@ def main(argv: list[str]) -> None:
         argv = [*demo(dist.find_world()), *argv[1:]]
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
+    world, watch = dist.find_world(), None
     try:
-        train(args, dist.find_world())
+        watch = dist.start(world, args.node_timeout, partial(end_for_loss, args))
+        train(args, world)
+        watch and watch.close(watch.DONE)
     except ValueError as error:
         if not str(error).startswith("--"):  # not the user's flags, so the traceback is worth reading
             raise
@@ -947,8 +1006,11 @@ def main(argv: list[str]) -> None:
         fail(f"{error}; {how_to_resume(args)}", status=1)
     except KeyboardInterrupt:
         fail(f"interrupted; {how_to_resume(args)}", status=130)
+    except (RuntimeError, SystemExit):  # a collective that failed, a signal from torchrun: whoever was lost explains it
+        watch and watch.defer()
+        raise
     finally:
-        dist.stop()
+        dist.stop(watch)
 
 
 if __name__ == "__main__":
