@@ -44,6 +44,7 @@ import data
 import dist
 import grpo
 import lora
+import plan
 from rewards import COUNTERS, RewardError, Rewards, load_plugins, total
 from sampler import Fingerprint, ModelSampler, Sampler, SamplerError, VLLMSampler, vllm_device
 
@@ -237,18 +238,28 @@ def prepare(args: argparse.Namespace, world: dist.World):
     return tokenizer, train_rows, val_rows, rewards
 
 
+def dry_run(args: argparse.Namespace, world: dist.World) -> int:
+    """Say what the run would be → exit status."""
+    check(args, world.size if args.dry_run is True else args.dry_run)
+    config = model_config(args, world)
+    return plan.show(args, config, world) if world.is_main else 0
+
+
 def check(args: argparse.Namespace, world_size: int) -> None:
     """What can be said of the flags alone."""
+    if args.device_memory_gb and not args.dry_run:
+        raise ValueError(f"--device_memory_gb {args.device_memory_gb:g}: only a plan asks for it; --dry_run true works")
     if args.use_vllm and args.deepspeed == "zero3" and not args.ds3_gather_for_generation:
         raise ValueError(
             "--ds3_gather_for_generation false: vLLM needs whole weights; true, or --use_vllm false, works"
         )
-    if args.use_vllm and importlib.util.find_spec("vllm") is None:
+    if args.use_vllm and not args.dry_run and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "--use_vllm true: vLLM is not installed; make vllm installs it, --use_vllm false samples without"
         )
     if args.use_vllm:
-        device_of_vllm(args)
+        if not args.dry_run:  # which may be of another machine
+            device_of_vllm(args)
         if args.temperature < 0.01:
             raise ValueError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
@@ -316,7 +327,7 @@ def model_config(args: argparse.Namespace, world: dist.World):
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {args.model}: not a model folder or hub id ({first_line(error)})") from error
     folder = Path(args.model)
-    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+    if folder.is_dir() and not args.dry_run and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise ValueError(f"--model {args.model}: no weights in this folder; it needs model.safetensors")
     try:
         with torch.device("meta"):
@@ -826,6 +837,16 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
     return parse
 
 
+def planned(text: str) -> bool | int:
+    """Whether to plan, and for how many GPUs if not for this machine."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    try:
+        return boolean(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: true, false or a number of GPUs works") from None
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # where no default is set, the text says what holds
         return action.help if action.default is None else super()._get_help_string(action)
@@ -958,6 +979,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     group("--resume_from_checkpoint", help="checkpoint folder, or true for the newest in output_dir")
     group("--seed", type=number(int, 0, 2**63), default=42, help="of everything that is random")
+    group(
+        "--dry_run",
+        type=planned,
+        default=False,
+        metavar="true|false|N",
+        help="print what a run takes here, or on N GPUs",
+    )
+    group("--device_memory_gb", type=positive, help="with --dry_run: whether it fits; 10^9 bytes a rank")
 
     for action in parser._actions:
         action.metavar = "true|false" if action.type is boolean else action.metavar
@@ -995,6 +1024,8 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
     world, watch = dist.find_world(), None
     try:
+        if args.dry_run:
+            sys.exit(dry_run(args, world))
         watch = dist.start(world, args.node_timeout, partial(end_for_loss, args))
         train(args, world)
         watch and watch.close(watch.DONE)

@@ -1,0 +1,265 @@
+"""The planner against what autograd keeps, what the optimizer holds, closed forms, and train.py as a user starts it."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, run_train, tiny_model
+
+import dist
+import grpo
+import lora
+import plan
+import train
+
+QWEN = ROOT / "tests" / "fixtures" / "Qwen2.5-7B"
+
+
+def planned(*flags, dry_run=8):
+    """(quantities, terms by name) of the plan of these flags, for the 7 B model where they name no other."""
+    words = ["--model", QWEN, "--dataset", "someone/something#1000", "--max_length", 1024, "--dry_run", dry_run, *flags]
+    args = train.parse_args([str(word) for word in words])
+    s, found = plan.make(args, train.model_config(args), dist.World(0, 1, torch.device("cpu")))
+    return s, {(term.name, moment): term.value for term in found for moment in term.moments or [None]}
+
+
+def guide(script: str) -> list[str]:
+    """The flags of one of the guide's two commands, for the 7 B model of the fixture."""
+    import shlex
+
+    text = (ROOT / "examples" / script).read_text().replace("\\\n", " ")
+    return [*shlex.split(text.split("train.py")[1]), "--model", str(QWEN)]
+
+
+# Formulas --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_type, dtype, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "num_hidden_layers": 4}
+    model = tiny_model(architecture, dtype=getattr(torch, dtype), **sizes)
+    model.config.save_pretrained(tmp_path)
+    flags = [
+        "--model",
+        tmp_path,
+        "--torch_dtype",
+        dtype,
+        "--train_type",
+        train_type,
+        "--lora_rank",
+        1,
+        "--max_length",
+        10,
+    ]
+    flags += ["--gradient_checkpointing", checkpointing, "--max_completion_length", 200, "--num_generations", 8]
+    s, found = planned(*flags)
+    grpo.use_grouped_attention(model)
+    if train_type == "lora":
+        lora.inject(model, 1, 8)
+    if checkpointing == "true":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        return tensor
+
+    prompts, completions = [list(range(10, 20))] * 8, [[(7 * i + j) % 90 + 3 for j in range(200)] for i in range(8)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grpo.completion_hidden_states(model.train(), prompts, completions)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    expected = found["activations", "backward"]
+    if checkpointing == "true":  # no layer is recomputed yet: their inputs, and what the last norm keeps
+        last = 4 + s["w"] * (train_type == "full")
+        expected = s["n"] * (s["L"] * s["w"] + last) * s["H"]
+    assert counted == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+def test_weights_and_optimizer_are_what_the_optimizer_holds(train_type, dtype, tmp_path):
+    model = tiny_model("llama", dtype=getattr(torch, dtype))
+    model.config.save_pretrained(tmp_path)
+    s, found = planned(
+        "--model",
+        tmp_path,
+        "--torch_dtype",
+        dtype,
+        "--train_type",
+        train_type,
+        "--max_length",
+        64,
+        "--max_completion_length",
+        64,
+        dry_run=1,
+    )
+    if train_type == "lora":
+        lora.inject(model, 8, 32)
+    optimizer = dist.ZeroAdamW(model.named_parameters())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+    state = {}
+    for bucket in optimizer.buckets:
+        for tensor in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq):
+            state[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert sum(storages.values()) == found["weights", "generate"]
+    assert sum(n for p, n in state.items() if p not in storages) == found["optimizer", "generate"]
+    assert s["T"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_cache_is_what_the_sampler_allocates(tmp_path, monkeypatch):
+    import sampler
+
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    flags = ["--model", tmp_path, "--torch_dtype", "float32", "--max_length", 10, "--max_completion_length", 30]
+    s, found = planned(*flags, "--num_generations", 4, "--per_device_train_batch_size", 8, dry_run=1)
+    grpo.use_grouped_attention(model)
+    prompts, rows = [[i, *range(20, 29)] for i in (1, 2)], torch.arange(8) // 4
+    decoder = sampler.Decoder(model, prompts, rows, 30)
+    held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
+    prefilled = 2 * s["w"] * s["L"] * s["k"] * s["c"]
+    assert held + prefilled == found["cache", "generate"]
+
+
+def test_state_is_shared_out_over_the_ranks():
+    for stage, shared in (("none", 1), ("zero2", 8), ("zero3", 8)):
+        s, found = planned("--train_type", "full", "--deepspeed", stage)
+        assert s["P"] == s["T"] == 7_615_616_512  # Qwen2.5's own count
+        assert found["optimizer", "update"] == pytest.approx(12 * s["P"] / shared)
+        assert found["gradients", "update"] == pytest.approx(4 * s["P"] / shared)
+        assert found["weights", "update"] == pytest.approx(2 * s["P"] / (8 if stage == "zero3" else 1))
+        assert found["reference", "update"] == found["weights", "update"]
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_needs_a_config_json_and_nothing_else(tmp_path):
+    """No weights, no tokenizer, no dataset, no network, no folder left behind."""
+    done = run_train(
+        *guide("multi_gpu_vllm.sh"), "--dry_run", 7, "--output_dir", tmp_path / "run", HF_ENDPOINT="http://localhost:1"
+    )
+    assert not (tmp_path / "run").exists()
+    assert "14 completions, 2 groups of 7; steps: 2475" in done.stdout  # 4,950 of 5,000 rows, two prompts a step
+    assert "7,615,616,512 parameters" in done.stdout
+
+
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral", "Qwen3Moe", "DeepseekV3", "GPT2", "Gemma3Text"])
+def test_models_of_any_kind_and_size_are_planned(kind, train_type, tmp_path):
+    """As large as transformers makes them when nothing is said: 671 billion parameters for DeepSeek V3."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")()
+    config.save_pretrained(tmp_path)
+    flags = ["--model", tmp_path, "--train_type", train_type, "--max_completion_length", 64]
+    if kind == "GPT2":  # its layers are not torch.nn.Linear
+        flags += ["--train_type", "full"]
+    s, found = planned(*flags, "--deepspeed", "zero3")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert s["P"] == sum(p.numel() for p in model.parameters())
+    assert found["weights", "generate"] == pytest.approx(s["P"] * 2 / 8 + (s["T"] * 4 / 8 if s["t"] == 4 else 0))
+    assert all(value >= 0 for value in found.values())
+
+
+def run_here(*flags) -> int:
+    """train.py's exit status, in this process."""
+    with pytest.raises(SystemExit) as end:
+        train.main([str(flag) for flag in flags])
+    return end.value.code
+
+
+def test_prompts_are_read_where_they_can_be(tmp_path, model_folder):
+    """The built-in task's own longest prompt with a tokenizer; what --max_length says without one."""
+    train.AutoConfig.from_pretrained(model_folder).save_pretrained(tmp_path)
+    flags = ["--dataset", "arithmetic", "--max_completion_length", 64]
+    args = train.parse_args([str(x) for x in [*flags, "--model", model_folder, "--dry_run", 1, "--max_length", 200]])
+    rows, longest, shared = plan.find_prompts(args, train.model_config(args))
+    ids, _ = train.data.encode(train.data.load_rows(["arithmetic"]), train.AutoTokenizer.from_pretrained(model_folder))
+    assert (rows, longest) == (len(ids), max(len(row["prompt_ids"]) for row in ids))
+    assert (
+        len({tuple(row["prompt_ids"][:shared]) for row in ids})
+        == 1
+        < len({tuple(row["prompt_ids"][: shared + 1]) for row in ids})
+    )
+    args.model = tmp_path
+    assert plan.find_prompts(args, train.model_config(args)) == (rows, 200, 0)
+
+
+def test_a_plan_says_whether_it_fits_and_what_would(capsys):
+    flags = [*guide("multi_gpu_vllm.sh"), "--dry_run", 7, "--device_memory_gb", 80]
+    assert run_here(*flags) == 1
+    out = capsys.readouterr().out
+    would = re.search(r"^--gradient_checkpointing true would take ([\d.]+) GB$", out, re.MULTILINE)
+    assert "more than --device_memory_gb 80" in out
+    assert run_here(*flags, "--gradient_checkpointing", "true") == 0
+    out = capsys.readouterr().out
+    assert f"peak {would[1]} GB" in out and "fits --device_memory_gb 80" in out
+
+
+def test_a_printed_formula_gives_the_printed_figure(capsys):
+    """Worked out once more, from the letters' values as they are printed."""
+    run_here(*guide("single_gpu.sh"), "--dry_run", 1)
+    out = capsys.readouterr().out
+    letters = {name: int(value.replace(",", "")) for name, value in re.findall(r"\b([A-Za-z]) =\s([\d,]+)\s", out)}
+    rows = re.findall(r"^\w[\w ]*?((?: +(?:[\d.]+|–)){4})   (\S.*)$", out, re.MULTILINE)
+    assert len(rows) == 11
+    for cells, formula in rows:
+        assert float(re.search(r"[\d.]+", cells)[0]) == pytest.approx(
+            eval(formula.replace("·", "*"), letters) / 1e9, abs=0.005
+        )
+
+
+def test_bad_plans_are_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    common = ["--dataset", "someone/something#10", "--max_length", 100, "--model", QWEN, "--dry_run", 8]
+    for flags, said in (
+        (["--model", tmp_path], f"--model {tmp_path}: not a causal language model"),
+        (["--device_memory_gb", 0], "--device_memory_gb: '0': a number above 0 works"),
+        (["--dry_run", 0], "--dry_run: '0': true, false or a number of GPUs works"),
+        (["--dry_run", "false", "--device_memory_gb", 80], "--device_memory_gb 80: only a plan asks for it"),
+        (["--num_generations", 7], "--num_generations 7: does not divide the 64 completions"),
+        (["--max_completion_length", 131072], "--max_completion_length 131072: with a prompt of 1 tokens"),
+        (["--dataset", "arithmetics.jsonl"], "--dataset arithmetics.jsonl: no such file"),
+    ):
+        assert run_here(*common, *flags) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"train.py: {said}") and err.count("\n") == 1
+    assert run_here("--dataset", "someone/something", "--model", QWEN, "--dry_run", 8) == 2
+    assert "--dataset someone/something: a plan does not know its prompts; --max_length N" in capsys.readouterr().err
+
+
+def test_the_readme_tells_what_the_planner_does():
+    readme = (ROOT / "README.md").read_text()
+    for script, ranks in (("multi_gpu_vllm.sh", 7), ("single_gpu.sh", 1)):
+        for changes in ([], ["--gradient_checkpointing", "true"]):
+            _, found = plan.make(*of([*guide(script), *changes, "--dry_run", str(ranks)]))
+            assert f"{max(plan.sums(found).values()) / 1e9:.1f} GB" in readme
+
+
+def test_the_page_on_scale_tells_what_the_planner_does():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    command = page.split("```")[1].replace("\\\n", " ").replace("tests/fixtures", str(QWEN.parent)).split()[2:]
+    peaks = re.findall(
+        r"^\| (none|zero2|zero3) \| (\S+) (\w+) \| (\S+) (\w+) \| (\S+) (\w+) \| (\S+) (\w+) \|$", page, re.MULTILINE
+    )
+    sent = re.findall(r"^\| (none|zero2|zero3) \| \S.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(peaks) == len(sent) == 3
+    for (stage, *told), (_, *told_sent) in zip(peaks, sent):
+        for i, ranks in enumerate((1, 8, 64, 1024)):
+            _, found = plan.make(*of([*command, "--deepspeed", stage, "--dry_run", str(ranks)]))
+            moment, most = max(plan.sums(found).items(), key=lambda item: item[1])
+            assert told[2 * i : 2 * i + 2] == [f"{most / 1e9:.1f}", moment]
+            moved = [term.value for term in found if term.name == "bytes sent"]
+            assert [f"{value / 1e9:.1f}" for value in moved] == told_sent[i - 1 : i] * (ranks > 1)
+
+
+def of(flags):
+    args = train.parse_args(flags)
+    return args, train.model_config(args), dist.World(0, 1, torch.device("cpu"))
