@@ -141,11 +141,13 @@ class MallocInfo(ctypes.Structure):  # struct mallinfo2 of malloc.h
 
 
 def bytes_held() -> int:
-    """Bytes in the large blocks that malloc has handed out, to whatever thread and library, and not taken back (glibc).
+    """Bytes that malloc has handed out, to whatever library, and not taken back (glibc).
 
-    Blocks from 64 KiB on have pages of their own once `malloc_by_pages` was called, and malloc sums those: hblkhd.
+    Of threads other than the first it knows only large blocks, those that have pages of their own: from 64 KiB on if
+    `malloc_by_pages` was called first of all.
     """
-    return LIBC.mallinfo2().hblkhd
+    info = LIBC.mallinfo2()
+    return info.hblkhd + info.uordblks
 
 
 def malloc_by_pages() -> None:
@@ -156,7 +158,7 @@ def malloc_by_pages() -> None:
 def memory(*phases) -> list[tuple[int, int]]:
     """Run functions one after the other → for each, bytes held at its end, and the most seen while it ran, counted from
     when the first began."""
-    malloc_by_pages()
+    gc.collect()
     start, results = bytes_held(), []
     for phase in phases:
         seen, done = [0], threading.Event()
@@ -184,7 +186,8 @@ def bytes_sent() -> int:
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, 200)[0]  # tcpi_bytes_sent
+                    sent, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
+                    total += sent - again
         except OSError:  # not a socket, or closed meanwhile
             continue
     return total
@@ -256,6 +259,7 @@ def measure_time(dtype: torch.dtype) -> dict:
 def rank(index: int, ranks: int, folder: str, measure, *args) -> None:
     """One process of a measurement; rank 0 keeps the result."""
     torch.set_num_threads(1)
+    malloc_by_pages()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=index, world_size=ranks)
     torch.manual_seed(index)
     result = measure(*args)

@@ -1,5 +1,6 @@
 """ZeRO-2 by the numbers: parameters beside torch.optim.AdamW, bytes held, bytes sent, and what overlaps with what."""
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -119,8 +120,8 @@ def bytes_held():
     def update():
         held["optimizer"].step(1e-3)
 
-    zero.malloc_by_pages()
     layers(torch.bfloat16)(torch.ones(1, WIDTH, dtype=torch.bfloat16)).sum().backward()  # what kernels keep for good
+    gc.collect()
     start = zero.bytes_held()
     phases = zero.memory(make_model, make_optimizer, backward, update, backward, backward, update)
     return [end for end, _ in phases], max(seen) - start
@@ -149,6 +150,7 @@ def seconds_waited(rank):
 
 def work(rank, ranks, folder):
     torch.set_num_threads(1)
+    zero.malloc_by_pages()
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks)
     result = {
