@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -288,7 +289,12 @@ def contestant(what: str, who: str, count: str, kind: str) -> None:
         next(turns)
         seconds = time.perf_counter() - started
         print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=answers, flush=True)
-    os._exit(0)
+
+
+def end(processes: dict[str, subprocess.Popen]) -> None:
+    for process in processes.values():
+        os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
+        process.wait()
 
 
 def measure(row: str) -> dict:
@@ -301,7 +307,7 @@ def measure(row: str) -> dict:
         command = [sys.executable, __file__, what, name, str(count), kind]
         with log.open("a") as file:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
-            processes[name] = subprocess.Popen(command, text=True, env=environment, **pipes)
+            processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
     results = {name: [] for name in names}
     for _ in range(1 + REPEATS):
         for name, process in processes.items():
@@ -309,11 +315,10 @@ def measure(row: str) -> dict:
             process.stdin.flush()
             answer = process.stdout.readline()
             if not answer:
+                end(processes)
                 sys.exit(f"bench/step.py: {name} ended; {log} tells why")
             results[name].append(tuple(map(float, answer.split())))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+    end(processes)
     tokens = count * TOKENS
     table = {}
     for name, turns in results.items():
