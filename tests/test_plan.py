@@ -20,7 +20,8 @@ def planned(*flags, dry_run=8):
     """(quantities, terms by name) of the plan of these flags, for the 7 B model where they name no other."""
     words = ["--model", QWEN, "--dataset", "someone/something#1000", "--max_length", 1024, "--dry_run", dry_run, *flags]
     args = train.parse_args([str(word) for word in words])
-    s, found = plan.make(args, train.model_config(args), dist.World(0, 1, torch.device("cpu")))
+    world = dist.World(0, 1, torch.device("cpu"))
+    s, found = plan.make(args, train.model_config(args, world), world)
     return s, {(term.name, moment): term.value for term in found for moment in term.moments or [None]}
 
 
