@@ -200,7 +200,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
         if not (args.eval_steps or args.eval_on_start):
             say(world, "--val_dataset: never evaluated on without --eval_steps or --eval_on_start true")
 
-    config = model_config(args, world)
+    config = model_config(args, has_checkpoint=world.is_main)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
@@ -241,7 +241,7 @@ def prepare(args: argparse.Namespace, world: dist.World):
 def dry_run(args: argparse.Namespace, world: dist.World) -> int:
     """Say what the run would be → exit status."""
     check(args, world.size if args.dry_run is True else args.dry_run)
-    config = model_config(args, world)
+    config = model_config(args)
     return plan.show(args, config, world) if world.is_main else 0
 
 
@@ -318,7 +318,7 @@ def contents(args: argparse.Namespace, train_rows: list[dict], val_rows: list[di
     }
 
 
-def model_config(args: argparse.Namespace, world: dist.World):
+def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
     """The model's configuration; a LoRA run's target modules are looked for in a model without weights."""
     if Path(args.model) == EMBEDDED_MODEL and not EMBEDDED_MODEL.exists():
         raise ValueError(f"--model {args.model}: the embedded model is not on disk yet; make model puts it there")
@@ -336,7 +336,7 @@ def model_config(args: argparse.Namespace, world: dist.World):
         raise ValueError(f"--model {args.model}: not a causal language model ({first_line(error)})") from error
     if args.train_type == "lora":
         lora.inject(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
-    if args.resume_from_checkpoint and world.is_main:
+    if args.resume_from_checkpoint and has_checkpoint:
         check_checkpoint(args, model)
     return config
 

@@ -21,7 +21,7 @@ def planned(*flags, dry_run=8):
     words = ["--model", QWEN, "--dataset", "someone/something#1000", "--max_length", 1024, "--dry_run", dry_run, *flags]
     args = train.parse_args([str(word) for word in words])
     world = dist.World(0, 1, torch.device("cpu"))
-    s, found = plan.make(args, train.model_config(args, world), world)
+    s, found = plan.make(args, train.model_config(args), world)
     return s, {(term.name, moment): term.value for term in found for moment in term.moments or [None]}
 
 
