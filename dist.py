@@ -189,6 +189,8 @@ def use_cpu_well(processes: int) -> None:
     """
     if processes > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    if any(name.startswith("MALLOC_") for name in os.environ):  # the user's own settings
+        return
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own

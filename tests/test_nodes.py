@@ -140,7 +140,7 @@ def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(case,
     for rank in (0, 1):
         (tmp_path / f"{rank}.jsonl").write_text("".join(f'{{"prompt": "{n}?"}}\n' for n in range(8 + rank)))
         changes = {"flag": ["--temperature", 0.7 + rank], "rows": ["--dataset", tmp_path / f"{rank}.jsonl"]}[case]
-        flags = flags_for(model_folder, plugin, "--output_dir", tmp_path / str(rank), *changes)
+        flags = flags_for(model_folder, plugin, "--max_steps", 1, "--output_dir", tmp_path / str(rank), *changes)
         commands.append([sys.executable, str(ROOT / "train.py"), *flags])
     with started(ranks_of(commands)) as processes:
         outputs = [process.communicate(timeout=60)[0] for process in processes]
@@ -155,7 +155,7 @@ def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(case,
 
 # The watch ------------------------------------------------------------------------------------------------------
 
-TIMEOUT = 0.5
+TIMEOUT = 1.0
 
 
 def rank_of_a_run(case: str) -> None:
@@ -174,13 +174,15 @@ def rank_of_a_run(case: str) -> None:
         sys.exit(2)
     print("ready")
     if case == "busy" and world.rank == 1:
-        ctypes.PyDLL(None).usleep(1_500_000)  # holds Python's lock, for less than 4 · TIMEOUT
+        ctypes.PyDLL(None).usleep(2_500_000)  # holds Python's lock, for less than 4 · TIMEOUT
     if case == "done" and world.rank == 2:
         time.sleep(3)  # the others have ended by then
     if case == "failed" and world.rank == 1:
         print("my own reason")
         watch.close()
         return
+    if case == "busy":
+        world.barrier()  # the others wait for it
     while case not in ("done", "busy"):
         try:
             world.barrier()
@@ -194,7 +196,7 @@ def rank_of_a_run(case: str) -> None:
     "case, expected",
     [
         ("killed", "lost rank 1 on HOST: its process has ended"),
-        ("stopped", "lost rank 1 on HOST: no sign of life for 2 s"),
+        ("stopped", "lost rank 1 on HOST: no sign of life for 4 s"),
         ("failed", "lost rank 1 on HOST: it failed, and has told why"),
     ],
 )
