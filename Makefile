@@ -4,7 +4,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # On CPUs two processes with half the cores each are quicker than one with all.
 PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
-BENCHES ?= rewards sync zero step growth where
+BENCHES ?= rewards sync zero memory step growth where
+STARTING := tests/test_train.py tests/test_vllm.py tests/test_zero3.py  # mostly processes that start: two at a time
 
 .PHONY: demo model install vllm test lint bench peers clean
 
@@ -20,8 +21,8 @@ install: $(VENV)/installed
 vllm: $(VENV)/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
 
 test: $(VENV)/installed-test model   ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests --ignore tests/test_train.py --ignore tests/test_vllm.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_train.py tests/test_vllm.py -n 2 --dist loadfile  # mostly processes that start
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests $(STARTING:%=--ignore %)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(STARTING) -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
