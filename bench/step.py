@@ -1,7 +1,7 @@
 """A whole GRPO step, its training pass and generation, beside TRL, transformers' generate and vLLM.
 
-    python bench/step.py               prints a table and writes bench/step.json; needs requirements-test.txt,
-                                       and vLLM for its row
+    python bench/step.py [ROW …]       prints a table and writes bench/step.json (of rows that did not run, the last
+                                       figures stay); needs requirements-test.txt, and vLLM for its rows
 
 Every row is the same work for all: the embedded model in bfloat16, the built-in task's prompts, G = 8, completions of
 exactly TOKENS tokens (nobody may stop earlier), as many threads as there are cores. Every contestant lives in a process
@@ -368,9 +368,10 @@ def main(rows: list[str]) -> None:
                 f"{label:38}{name:14}{r['seconds']:9.2f}{r['tokens_per_s']:10.0f}{r['times_ours']:8.2f}{r['peak_MB']:9.0f}"
             )
     print(machine)
-    Path(__file__).with_suffix(".json").write_text(
-        json.dumps({"machine": machine, "results": results}, indent=2) + "\n"
-    )
+    file = Path(__file__).with_suffix(".json")
+    known = json.loads(file.read_text()) if file.exists() else []
+    measured = {result["row"]: {"machine": machine} | result for result in [*known, *results]}
+    file.write_text(json.dumps([measured[row] for row in ROWS if row in measured], indent=2) + "\n")
 
 
 if __name__ == "__main__":
