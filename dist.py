@@ -72,6 +72,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def spans_nodes(self) -> bool:
+        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Each value summed over the ranks, which must all have the same names; in float64."""
         if self.size == 1:

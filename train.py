@@ -373,7 +373,7 @@ def load_policy(args: argparse.Namespace, world: dist.World):
     def load():
         # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-        if world.size > 1:
+        if world.spans_nodes:  # each may have other files under that name
             weights = Fingerprint()
             for name, parameter in model.named_parameters():
                 weights.add(name, parameter.detach())

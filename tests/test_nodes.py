@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT, read_metrics, run_train
+from safetensors.torch import load_file, save_file
 
 import dist
 
@@ -151,6 +152,21 @@ def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(case,
     expected = f"train.py: {flag} {values[0]}: on rank 0 on {here}, but {values[1]} on rank 1 on {here}; "
     assert re.search(f"^{expected}", outputs[0], re.M) and "train.py:" not in outputs[1], outputs
     assert not (tmp_path / "0").exists() and not (tmp_path / "1").exists()
+
+
+def test_nodes_with_other_weights_are_named(model_folder, plugin, tmp_path):
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    folders = [model_folder, other]
+    flags = [flags_for(f, plugin, "--max_steps", 1, "--output_dir", tmp_path / f.name) for f in folders]
+    with started(ranks_of([[sys.executable, str(ROOT / "train.py"), *words] for words in flags])) as processes:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    here = socket.gethostname()
+    expected = rf"train.py: --model \(weights \w+\): on rank 0 on {here}, but \(weights \w+\) on rank 1 on {here}; "
+    assert re.search(f"^{expected}", outputs[0], re.M), outputs
 
 
 # The watch ------------------------------------------------------------------------------------------------------
