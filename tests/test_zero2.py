@@ -76,7 +76,7 @@ def run_ours(rank, ranks, shard, bucket_size):
         if step == 5:  # all of it is one rank's
             mine = micros if rank == ranks - 1 else [None] * len(micros)
         for micro in mine:
-            optimizer.backward(micro and micro_loss(model, *micro))
+            optimizer.backward(micro_loss(model, *micro) if micro else 0.0 * micro_loss(model, *micros[0]))
         norms.append(optimizer.step(learning_rate(step)))
     return {name: p.detach().clone() for name, p in model.named_parameters()}, norms
 
