@@ -248,6 +248,8 @@ class Watch:
             port, place = store.get("watch").decode().split(" ", 1)
             connection = socket.create_connection((host, int(port)), meeting)
             connection.sendall(f"{world.rank} {world.place}\n".encode())
+            if not connection.recv(1):  # rank 0's first sign of life: all have come
+                raise ConnectionError(f"{place} has ended")
             self.peers[connection] = place
         for connection in self.peers:
             connection.settimeout(None)
@@ -266,15 +268,22 @@ class Watch:
                 try:
                     server.settimeout(max(0.001, deadline - time.monotonic()))
                     connection, _ = server.accept()
-                    connection.settimeout(max(0.001, deadline - time.monotonic()))
-                    rank, place = connection.makefile().readline().strip().split(" ", 1)
                 except TimeoutError:
                     raise ValueError(
                         f"--nnodes: rank {', '.join(map(str, sorted(missing)))} of {world.size} did not come within "
                         "the time to meet; the same command on every node, each with its --node_rank, works"
                     ) from None
-                missing.discard(int(rank))
+                try:
+                    connection.settimeout(5.0)
+                    with connection.makefile() as line:
+                        rank, place = line.readline(1000).strip().split(" ", 1)
+                    missing.remove(int(rank))
+                except (ValueError, KeyError, OSError):  # a stranger, who looks for open ports
+                    connection.close()
+                    continue
                 self.peers[connection] = place
+        for connection in self.peers:
+            connection.sendall(self.ALIVE)
 
     def close(self, word: bytes = FAILED) -> None:
         """Watch no more, and tell the others that this process ends: as it should (DONE), or with a failure of its own."""

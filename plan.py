@@ -80,7 +80,7 @@ def symbols(args: argparse.Namespace, config, ranks: int, longest: int, shared: 
         batch = max(batch, args.per_device_eval_batch_size)
     queries = min(QUERIES_AT_ONCE, max(length, own, shared))
     tokens = shared + prompts_of(b, group) * own + b * length
-    bucket = getattr(args, "bucket_size", 25_000_000)
+    bucket = args.bucket_size
     path, width = longest + length, 4 if args.torch_dtype == "float32" else 2
     return {
         "P": sum(sizes), "T": sum(trained), "N": ranks, "w": width, "t": 4 if is_lora else width,
@@ -124,8 +124,8 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("process", f"{PROCESS:.0f}", *MOMENTS)
     add("weights", weights + "/N" * zero3, *MOMENTS)
     if zero3:
-        add("gathered weights", "w*(E + 2*D)", "backward", *[] if gather else ["generate"])
-        if gather:
+        add("gathered weights", "w*(E + 2*D)", "backward", *["generate"] * (not gather and s["B"] > 0))
+        if gather and s["B"]:  # vLLM gets one tensor at a time
             add("gathered weights", weights, "generate")
     if args.beta and not lora_run:
         add("reference", "w*P" + "/N" * zero3, *MOMENTS)
@@ -154,7 +154,8 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("logits", f"B*V*(w + {12 + 24 * (args.top_p < 1 or args.top_k > 0)})", "generate")
         if not on_gpu and s["w"] == 2 and has_bfloat16(torch.device("cpu")) and s["llama"] and (gather or not zero3):
             add("packed weights", "w*W", "generate")  # in oneDNN's layout
-    add("whole state", "12*T" if not on_gpu else "4*K", "save")  # on a GPU a bucket's at a time
+    # The optimizer's, and the weights made of it for the model's file; on a GPU a bucket's at a time.
+    add("whole state", "(12 + t)*T" if not on_gpu else "4*K", "save")
 
     if s["N"] > 1:
         passes = "(3*A + 1)" if args.beta else "(2*A + 1)"  # forward, backward, reference; generation
@@ -197,6 +198,9 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
                 shared = len(os.path.commonprefix([ids[:-1] for ids in prompts]))
         rows = len(data.split(table, args.split_dataset_ratio, args.seed)[0] if split else table)
     elif all("#" in name for name in args.dataset):
+        for name in args.dataset:
+            if not re.fullmatch("0*[1-9][0-9]*", name.rpartition("#")[2]):
+                raise ValueError(f"--dataset {name}: no number of rows behind #; #1 or more works")
         rows = sum(int(name.rpartition("#")[2]) for name in args.dataset)
         rows -= max(1, round(args.split_dataset_ratio * rows)) if split else 0
     if longest is None:
@@ -250,7 +254,7 @@ def show(args: argparse.Namespace, config, world: World) -> int:
         if not term.moments:
             print(f"{term.name + ' a step':26}{term.value:10.2e} {term.formula.replace('*', '·')}")
     if s["on_gpu"]:
-        print(f"host memory of rank 0 while it saves: {12 * s['T'] / 1e9:.2f} GB, 12·T")
+        print(f"host memory of rank 0 while it saves: {(12 + s['t']) * s['T'] / 1e9:.2f} GB, (12 + t)·T")
     if args.use_vllm:
         print(f"vLLM's engine, on its own GPU or beside the above on the only one: {s['w'] * s['P'] / 1e9:.2f} GB of weights, "
               f"w·P, and {2 * s['w'] * s['L'] * s['k']:,} bytes a token, 2·w·L·k")  # fmt: skip

@@ -62,7 +62,7 @@ DEMO = (
 
 
 def train(args: argparse.Namespace, world: dist.World) -> None:
-    # Everything that can be wrong, on any rank, is found here, before a model is loaded.
+    # What can be wrong, on any rank, is found here, before a model is loaded (but weights, which must be to be compared).
     world.agree({flag: value for flag, value in vars(args).items() if flag not in NODES_OWN})
     tokenizer, train_rows, val_rows, rewards = world.together(prepare, args, world)
     if world.size > 1:
@@ -723,7 +723,8 @@ def start_folder(args: argparse.Namespace, world: dist.World) -> None:
         before = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
         changed = {k: v for k, v in vars(args).items() if k in before and before[k] != v and k not in NOT_THE_RUN}
         if changed:
-            print("resumed with other flags: " + ", ".join(f"--{k} {v} (was {before[k]})" for k, v in changed.items()))
+            told = (f"--{k} {v} (was {before[k]})" for k, v in changed.items())
+            print("resumed with other flags: " + ", ".join(told).replace("True", "true").replace("False", "false"))
         step = json.loads((checkpoint_to_resume(args) / "trainer_state.json").read_text())["step"]
         earlier = [p for p in checkpoints(args.output_dir) if checkpoint_step(p) > step]
     if earlier:
@@ -738,7 +739,14 @@ def start_folder(args: argparse.Namespace, world: dist.World) -> None:
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 
 
-NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit"}
+NOT_THE_RUN = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "max_steps",
+    "save_steps",
+    "save_total_limit",
+    "dataset_num_proc",
+}
 
 
 def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, unlogged: list[dict]) -> None:
@@ -948,7 +956,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     group("--bucket_size", type=whole, default=25_000_000, help="elements that one collective of gradients sends")
     group("--ds3_gather_for_generation", type=boolean, default=True, help="with zero3: whole weights for generation")
     group(
-        "--node_timeout", type=positive, default=30.0, help="seconds another machine may be out of reach, once started"
+        "--node_timeout",
+        type=number(float, 1),
+        default=30.0,
+        help="seconds another machine may be out of reach, once started",
     )
 
     group = parser.add_argument_group("training").add_argument

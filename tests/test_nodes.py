@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 from conftest import ROOT, read_metrics, run_train
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +184,12 @@ def rank_of_a_run(case: str) -> None:
 
     world = dist.find_world()
     meeting = 3.0 if case == "absent" else 30.0
+    if case == "late" and world.rank == 2:
+        time.sleep(4 * TIMEOUT + 1)
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.PrefixStore("train/0", torch.distributed.TCPStore(*address, is_master=False))
+        port = int(store.get("watch").split()[0])
+        socket.create_connection(("127.0.0.1", port)).close()  # a stranger, who looks for open ports
     try:
         watch = dist.start(world, TIMEOUT, lost, meeting)
     except ValueError as error:
@@ -199,7 +206,7 @@ def rank_of_a_run(case: str) -> None:
         return
     if case == "busy":
         world.barrier()  # the others wait for it
-    while case not in ("done", "busy"):
+    while case not in ("done", "busy", "late"):
         try:
             world.barrier()
         except RuntimeError:
@@ -229,8 +236,8 @@ def test_every_rank_ends_with_the_name_of_the_one_that_is_lost(case, expected):
             assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("case", ["done", "busy"])
-def test_a_rank_that_ends_early_or_holds_pythons_lock_is_not_lost(case):
+@pytest.mark.parametrize("case", ["done", "busy", "late"])
+def test_a_rank_that_ends_early_holds_pythons_lock_or_comes_late_is_not_lost(case):
     with started(ranks_of([[sys.executable, __file__, case]] * 3)) as processes:
         for process in processes:
             output, _ = process.communicate(timeout=30)
