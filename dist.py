@@ -371,7 +371,7 @@ def shard_parameters(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """ZeRO-3, in place: every parameter becomes a DTensor, its rows shared out over the ranks, and moves to their devices.
 
     Parameters in one of `layers` are whole while that layer computes, all others while the model does. Gradients are
-    summed over the ranks in the parameters' own type, as ZeRO-2's are, so that the stages agree, and kept in float32.
+    summed over the ranks in the parameters' own type (ZeRO-2's in float32) and kept in float32.
     """
     for part in (*layers, model):
         fully_shard(part, reshard_after_forward=True)

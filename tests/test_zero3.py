@@ -94,15 +94,17 @@ def test_twenty_sharded_steps_equal_torch_adamw_in_one_process(ranks, tmp_path):
             torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_in_bfloat16_the_stages_are_one_arithmetic(tmp_path):
-    """Of two ranks, whose sums have one order: the same bits in parameters, norms, master weights and moments."""
+def test_in_bfloat16_the_stages_differ_by_the_rounding_of_sums(tmp_path):
+    """ZeRO-2 sums the ranks' gradients in float32, ZeRO-3 in bfloat16: norms, weights and moments are close."""
     two, three = (
         in_processes(2, tmp_path / f"{sharded}", twenty_steps, torch.bfloat16, sharded) for sharded in (False, True)
     )
     for of_two, of_three in zip(two, three):
-        assert of_two[1] == pytest.approx(of_three[1], rel=1e-12)
+        assert of_two[1] == pytest.approx(of_three[1], rel=5e-3)
         for a, b in zip((of_two[0], of_two[2]), (of_three[0], of_three[2])):
-            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+            assert a.keys() == b.keys()
+            for name in a:
+                assert (a[name].float() - b[name].float()).norm() <= 0.02 * b[name].float().norm(), name
 
 
 # Memory ---------------------------------------------------------------------------------------------------------
