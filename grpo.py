@@ -171,8 +171,8 @@ class Pack:
         self.shared = len(beginning)
         append(beginning, 0, [])
         blocks, paths = [([query], [keys], 0) for query, keys in paths], []
-        beginning = list(range(self.shared))
-        whole = [append(prompt[self.shared :], self.shared, beginning) for prompt in prompts]
+        shared = list(range(self.shared))
+        whole = [append(prompt[self.shared :], self.shared, shared) for prompt in prompts]
         for row, completion in zip(row_of.tolist(), completion_ids):
             path = append(completion[:-1], len(prompts[row]), whole[row])
             predicting += path[len(prompts[row]) - 1 :]

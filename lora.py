@@ -12,14 +12,13 @@ To try a new idea (DoRA, rsLoRA, another initialization), change `LoRALinear`.
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -154,20 +153,15 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def save(
-    model: nn.Module,
-    folder: str | Path,
-    base_model: str,
-    target_modules: Sequence[str],
-    weights: dict[str, Tensor] | None = None,
+    model: nn.Module, weights: dict[str, Tensor], folder: str | Path, base_model: str, target_modules: Sequence[str]
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT names them.
 
-    weights: the adapters' by parameter name, for a model that does not hold them whole.
+    weights: the parameters by name, the adapters' among them; the model itself may hold but a part of each.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapted = list(layers(model))
-    weights = weights or dict(model.named_parameters())
     names = [f"{name}.{part}" for name, _ in adapted for part in ("lora_A", "lora_B")]
     tensors = {f"base_model.model.{name}.weight": weights[name].detach().contiguous().cpu() for name in names}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -188,21 +182,3 @@ def save(
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load(model: nn.Module, folder: str | Path) -> None:
-    """Read an adapter in PEFT's format into a model that has adapters of the same rank on the same layers.
-
-    ValueError if layers or shapes differ.
-    """
-    tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    saved = {re.sub(r"^base_model\.model\.|\.weight$", "", name): tensor for name, tensor in tensors.items()}
-    here = {f"{name}.{part}": getattr(module, part) for name, module in layers(model) for part in ("lora_A", "lora_B")}
-    shapes = ({name: tuple(tensor.shape) for name, tensor in group.items()} for group in (saved, here))
-    differing = sorted(set(next(shapes).items()) ^ set(next(shapes).items()))
-    if differing:
-        name, shape = differing[0]
-        raise ValueError(f"the adapter in {folder} has other layers or another rank than this run: {name} {shape}")
-    with torch.no_grad():
-        for name, parameter in here.items():
-            parameter.copy_(saved[name])

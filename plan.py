@@ -267,6 +267,6 @@ def show(args: argparse.Namespace, config, world: World) -> int:
     recompute = {"gradient_checkpointing": True}
     for change in ({"deepspeed": "zero2"}, {"deepspeed": "zero3"}, recompute, recompute | {"deepspeed": "zero3"}):
         other = max(sums(terms(argparse.Namespace(**vars(args) | change), s)).values())
-        if not fits and other <= limit * 1e9:
+        if not fits and other <= limit * 1e9 and all(getattr(args, name) != value for name, value in change.items()):
             print(f"{' '.join(f'--{n} {str(v).lower()}' for n, v in change.items())} would take {other / 1e9:.2f} GB")
     return 0 if fits else 1

@@ -760,7 +760,7 @@ def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, u
         weights = {n: t for n, t in model.state_dict().items() if n not in parameters}  # buffers
         weights |= {n: state[f"master.{n}"].to(p.dtype) for n, p in parameters.items() if f"master.{n}" in state}
         if args.train_type == "lora":
-            lora.save(model, unfinished, str(args.model), args.target_modules, weights)
+            lora.save(model, weights, unfinished, str(args.model), args.target_modules)
         else:
             model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)

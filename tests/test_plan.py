@@ -86,19 +86,8 @@ def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_
 def test_weights_and_optimizer_are_what_the_optimizer_holds(train_type, dtype, tmp_path):
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     model.config.save_pretrained(tmp_path)
-    s, found = planned(
-        "--model",
-        tmp_path,
-        "--torch_dtype",
-        dtype,
-        "--train_type",
-        train_type,
-        "--max_length",
-        64,
-        "--max_completion_length",
-        64,
-        dry_run=1,
-    )
+    flags = ["--model", tmp_path, "--torch_dtype", dtype, "--train_type", train_type]
+    s, found = planned(*flags, "--max_length", 64, "--max_completion_length", 64, dry_run=1)
     if train_type == "lora":
         lora.inject(model, 8, 32)
     optimizer = dist.ZeroAdamW(model.named_parameters())
