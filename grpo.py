@@ -16,12 +16,14 @@ two-sided ε, a mean over all tokens): both are plain functions of small tensors
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -126,7 +128,7 @@ def completion_hidden_states(
 
     All tokens run in one row without padding, and each prompt, and what all prompts begin with, runs once: for the
     arithmetic task, 16 groups of 4, some 1,700 tokens instead of 11,000. Models that cannot do so (see
-    `use_grouped_attention`) take the plain pass.
+    `prepare`) take the plain pass.
     """
     decoder, device = model.get_decoder(), next(model.parameters()).device
     if model.config._attn_implementation == "grouped":
@@ -401,25 +403,45 @@ def head_is_plain(model: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def use_grouped_attention(model: torch.nn.Module) -> None:
-    """Have a model that attends through PyTorch's SDPA do so through `grouped_attention`.
+def prepare(model: torch.nn.Module) -> None:
+    """Have a model run through this module's own attention, norms and gates, each where it gives what the model's gives.
 
-    Others stay as they are: models that drop attention out, and those whose packed pass differs from their plain one,
-    tried on a few tokens, because their layers mix tokens in other ways.
+    Attention stays as it is in models that drop it out or do not attend through PyTorch's SDPA, and all three where the
+    last hidden states, tried on a few tokens, differ, because that part of the model does something else.
     """
-    if model.config._attn_implementation != "sdpa" or getattr(model.config.get_text_config(), "attention_dropout", 0):
-        return
+    config = model.config.get_text_config()
+    plain = tried(model)
+    if model.config._attn_implementation == "sdpa" and not getattr(config, "attention_dropout", 0):
+        model.set_attn_implementation("grouped")
+        if differs(tried(model), plain):
+            model.set_attn_implementation("sdpa")
+    modules = [m for m in model.modules() if len(inspect.signature(m.forward).parameters) == 1]
+    norms = [m for m in modules if hasattr(m, "weight") and hasattr(m, "variance_epsilon")]
+    gates = [m for m in modules if isinstance(getattr(m, "act_fn", None), SiLUActivation)]
+    gates = [m for m in gates if all(hasattr(m, name) for name in ("gate_proj", "up_proj", "down_proj"))]
+    for function, modules in ((lean_norm, norms), (lean_mlp, gates)):
+        for module in modules:
+            module.forward = functools.partial(function, module)
+        if differs(tried(model), plain):
+            for module in modules:
+                del module.forward
+
+
+def tried(model: torch.nn.Module) -> Tensor:
+    """The last hidden states of a few short completions, (tokens, D)."""
     vocabulary = model.config.get_text_config().vocab_size
     prompts, completions = [[0, 1, 2], [0, 1, 2], [0, 1, 3, 4]], [[5, 6, 7], [5], [7, 5, 6, 3]]
     # From the middle of the vocabulary: at its start lie special tokens, which some models have never seen.
     prompts, completions = (
         [[(vocabulary // 2 + i) % vocabulary for i in row] for row in x] for x in (prompts, completions)
     )
-    plain = completion_hidden_states(model, prompts, completions)
-    model.set_attn_implementation("grouped")
-    packed = completion_hidden_states(model, prompts, completions)
-    if not ((packed - plain).norm(dim=1) / plain.norm(dim=1)).median() <= 0.1:  # bfloat16 makes 0.01
-        model.set_attn_implementation("sdpa")
+    return completion_hidden_states(model, prompts, completions)
+
+
+def differs(hidden: Tensor, plain: Tensor) -> bool:
+    """By more than rounding, which makes 0.01 in bfloat16 and 1e-6 in float32."""
+    limit = 0.1 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return not ((hidden - plain).norm(dim=1) / plain.norm(dim=1)).median() <= limit
 
 
 def grouped_attention(
@@ -443,6 +465,59 @@ def grouped_attention(
 
 AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+def lean_norm(module: torch.nn.Module, x: Tensor) -> Tensor:
+    return RMSNorm.apply(x, module.weight, module.variance_epsilon)
+
+
+class RMSNorm(torch.autograd.Function):
+    """weight · x / sqrt(mean(x²) + eps) (Zhang and Sennrich, arXiv 1910.07467), of which x alone is kept.
+
+    x (…, D), weight (D,) → (…, D), normalized in float32. As single operations it keeps a float32 copy of x and what the
+    weight scales, too: in bfloat16 three times as much.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return RMSNorm.normalized(x, eps)[0].to(x.dtype) * weight
+
+    @staticmethod
+    def normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x.float()
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return x * inverse, inverse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        normalized, inverse = RMSNorm.normalized(x, ctx.eps)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normalized.to(grad.dtype)).flatten(0, -2).sum(0)
+        slope = (grad * weight).float()
+        slope.sub_(normalized.mul_((slope * normalized).mean(-1, keepdim=True))).mul_(inverse)
+        return slope.to(x.dtype), grad_weight, None
+
+
+def lean_mlp(module: torch.nn.Module, x: Tensor) -> Tensor:
+    return module.down_proj(SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, any shape (Shazeer, arXiv 2002.05202), of which silu(gate) is not kept."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * torch.nn.functional.silu(gate)
 
 
 def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -138,14 +138,13 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
     else:
         # One bucket fills, one is sent; where it is shared out, its parts of the other ranks arrive in a third.
         add("gradients in flight", "3*t*K" if sharded else "2*t*K", "backward")
-    # Of a layer: two norms (a float32 copy of their input, their output and, to train their weight, what is scaled by
-    # it), the queries, keys and values, what o_proj reads, and four of the inner size. Of the last norm no output.
-    norm = "(4 + w)*H" if lora_run else "(4 + 2*w)*H"
-    layer = f"2*{norm} + w*(2*q + 2*k + 4*I)"
+    # Of a layer: two norms (their input and output), the queries, keys and values, what o_proj reads, and three of the
+    # inner size. Of the last norm no output.
+    layer = "w*(4*H + 2*q + 2*k + 3*I)"
     if args.gradient_checkpointing:
         add("activations", f"n*(L*w*H + {layer} + 2*w*I)", "backward")  # each layer's input; one layer at work
     else:
-        add("activations", f"n*(L*({layer}) + {'4' if lora_run else '(4 + w)'}*H)", "backward")
+        add("activations", f"n*(L*{layer} + w*H)", "backward")
     add("attention", "5*w*S + w*b*C*(o + C/2)", "backward")  # scores at work; masks of all blocks
     add("logits", "(8 + 2*w)*R", "backward")
     if s["B"]:

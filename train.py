@@ -385,7 +385,7 @@ def load_policy(args: argparse.Namespace, world: dist.World):
             dist.shard_parameters(model, [m for m in model.modules() if type(m).__name__ in layers])
         else:
             model.to(world.device)
-        dist.forward(grpo.use_grouped_attention, model)
+        dist.forward(grpo.prepare, model)
         if not dist.forward(grpo.head_is_plain, model):
             raise ValueError(f"--model {args.model}: does more with its logits than log-probabilities here allow for")
         return model

@@ -51,7 +51,7 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     if vocabulary > model.config.vocab_size:
         model.resize_token_embeddings(vocabulary)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     prompts = prompt_ids(8)[:1] * G
     completions = torch.randint(100, 40_000, (G, T), generator=torch.Generator().manual_seed(0)).tolist()
     before = peak_MB()

@@ -179,7 +179,7 @@ def our_pass(count: int, kind: str):
 
     dist.start(dist.find_world())
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).train()
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     ids, completions, advantages, ref = a_batch(count)
     settings = {"epsilon": 0.2, "beta": BETA, "num_completions": count}
     while True:
@@ -222,7 +222,7 @@ def our_generate(count: int, kind: str):
 
     dist.start(dist.find_world())
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     sampler, ids = ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS), prompt_ids(count)
     while True:
         assert all(len(c.ids) == TOKENS for c in sampler.generate(ids, range(count)))

@@ -51,7 +51,7 @@ def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     if kind == "lora":
         lora.inject(model, 16, 32)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     optimizer = dist.ZeroAdamW(model.named_parameters(), max_grad_norm=1.0)
     ids, completions, advantages, _ = a_batch(count)
     policy = sampler.ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS)

@@ -89,7 +89,7 @@ def fast_loss(model, prompts, completions, rewards, G, old, ref, beta, micro=5):
 def test_loss_and_gradient_equal_the_paper_in_float64(beta, iterations):
     prompts, completions, rewards = make_batch()
     model, twin, reference = (tiny_model(dtype=torch.float64) for _ in range(3))
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(1.05)  # so that there is a KL
@@ -188,7 +188,7 @@ def test_logps_equal_a_plain_forward_pass_on_every_architecture(architecture):
     prompts, completions, _ = make_batch()
     model = tiny_model(architecture)
     expected = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     logps, entropies, mask = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
     for row, blanks, e in zip(logps, mask, expected):
         torch.testing.assert_close(row[: len(e)], e, atol=1e-5, rtol=0)
@@ -213,7 +213,7 @@ def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
     for packed in (False, True):
         model = tiny_model(architecture, dtype=torch.float64).train()
         if packed:
-            grpo.use_grouped_attention(model)
+            grpo.prepare(model)
             assert model.config._attn_implementation == "grouped"
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -237,7 +237,7 @@ def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_
     for name, dtype in (("exact", torch.float32), ("plain", torch.bfloat16), ("packed", torch.bfloat16)):
         model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=dtype)
         if name == "packed":
-            grpo.use_grouped_attention(model)
+            grpo.prepare(model)
             assert model.config._attn_implementation == "grouped"
         logps, _, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
         (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
@@ -249,7 +249,7 @@ def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_
 
 def test_a_model_that_drops_attention_out_takes_the_plain_pass():
     model = tiny_model("llama", attention_dropout=0.5)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     prompts, completions, _ = make_batch()
     a, b = (grpo.completion_logps(model.train(), prompts, completions, TEMPERATURE)[0] for _ in range(2))
     assert not torch.equal(a, b)

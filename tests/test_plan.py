@@ -58,7 +58,7 @@ def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_
     ]
     flags += ["--gradient_checkpointing", checkpointing, "--max_completion_length", 200, "--num_generations", 8]
     s, found = planned(*flags)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     if train_type == "lora":
         lora.inject(model, 1, 8)
     if checkpointing == "true":
@@ -76,8 +76,7 @@ def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     expected = found["activations", "backward"]
     if checkpointing == "true":  # no layer is recomputed yet: their inputs, and what the last norm keeps
-        last = 4 + s["w"] * (train_type == "full")
-        expected = s["n"] * (s["L"] * s["w"] + last) * s["H"]
+        expected = s["n"] * (s["L"] + 1) * s["w"] * s["H"]
     assert counted == pytest.approx(expected, rel=0.02)
 
 
@@ -108,7 +107,7 @@ def test_the_cache_is_what_the_sampler_allocates(tmp_path, monkeypatch):
     model.config.save_pretrained(tmp_path)
     flags = ["--model", tmp_path, "--torch_dtype", "float32", "--max_length", 10, "--max_completion_length", 30]
     s, found = planned(*flags, "--num_generations", 4, "--per_device_train_batch_size", 8, dry_run=1)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     prompts, rows = [[i, *range(20, 29)] for i in (1, 2)], torch.arange(8) // 4
     decoder = sampler.Decoder(model, prompts, rows, 30)
     held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))

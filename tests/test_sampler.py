@@ -30,7 +30,7 @@ def p_value(observed, expected) -> float:
 def test_logps_equal_a_plain_forward_pass(architecture, beginning):
     model, prompts = tiny_model(architecture), prompts_of(beginning=beginning)
     plain = tiny_model(architecture)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12, temperature=0.8)
     completions = sampler.generate(prompts, range(len(prompts)))
     for prompt, completion in zip(prompts, completions):
@@ -89,7 +89,7 @@ def test_no_uniform_number_draws_a_token_of_probability_zero():
 
 def test_a_completion_is_the_same_in_any_batch():
     model, prompts = tiny_model(), prompts_of()
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12)
     together = sampler.generate(prompts, range(100, 112))
     apart = [sampler.generate([p], [100 + i])[0] for i, p in enumerate(prompts)]
@@ -101,7 +101,7 @@ def test_a_completion_is_the_same_in_any_batch():
 @pytest.mark.parametrize("kind", [Decoder, LlamaDecoder])
 def test_equal_prompts_are_prefilled_once_and_ended_rows_leave_the_batch(monkeypatch, kind):
     model, prompts = tiny_model(), prompts_of()
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     prefilled, rows, forward, step = [], [], type(model.model).forward, kind.step
     monkeypatch.setattr(
         type(model.model),
@@ -129,7 +129,7 @@ def test_the_quick_decoder_equals_the_general_one(architecture, dtype):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
             torch.nn.init.normal_(module.bias)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     lora.inject(model, 4, 8.0, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
     for _, layer in lora.layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
@@ -151,7 +151,7 @@ def test_the_quick_decoder_equals_the_general_one(architecture, dtype):
 @pytest.mark.parametrize("architecture", ["gemma", "gemma3", "mistral", "granite", "cohere"])
 def test_models_of_another_shape_take_the_general_decoder(architecture):
     model = tiny_model(architecture)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     assert not decodes_like_llama(model)
 
 

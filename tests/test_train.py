@@ -578,7 +578,7 @@ def test_the_demo_model_answers_in_the_format_of_its_example(tokenizer):
     from sampler import ModelSampler
 
     model = train.AutoModelForCausalLM.from_pretrained(train.EMBEDDED_MODEL, dtype=torch.float32).eval()
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     rows, _ = data.encode(data.load_rows(["arithmetic#2"]), tokenizer)
     prompts = [row["prompt_ids"] for row in rows for _ in range(4)]
     sampler = ModelSampler(model, eos_token_ids=[2], max_new_tokens=32, temperature=0.9)

@@ -155,7 +155,7 @@ def sampled(rank, gather, adapted):
         lora.inject(model, 3, 6)
         for _, layer in lora.layers(model):
             torch.nn.init.normal_(layer.lora_B)
-    grpo.use_grouped_attention(model)
+    grpo.prepare(model)
     if gather is not None:
         dist.shard_parameters(model, model.model.layers)
     sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12, gather=gather is not False)
