@@ -54,10 +54,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.adamw import adamw
 
 # torch 2.13 renames this collective on flat tensors.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-BLOCK = 1 << 20  # elements updated at once: few enough that a CPU's cache holds them from one operation to the next
+BLOCK = 1 << 20  # squares summed in float32 before float64 takes over
 
 
 @dataclass(frozen=True)
@@ -578,35 +579,51 @@ class ZeroAdamW:
         FloatingPointError if that norm is not finite; the parameters are then as they were.
         """
         blocks = [block for bucket in self.buckets for block in bucket.grad.split(BLOCK)]
-        squared = torch.stack([block.square().sum() for block in blocks]).double().sum()
+        squared = torch.stack([torch.linalg.vector_norm(block) for block in blocks]).double().square().sum()
         if self.shards > 1 or self.stage3:
             with self._waiting():
                 dist.all_reduce(squared)
         norm = squared.sqrt().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm}")
-        clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
+        scale = max(1.0, (norm + 1e-6) / self.max_grad_norm) if self.max_grad_norm else 1.0
+        scale, steps = torch.tensor([scale, self.steps], dtype=torch.float32, device=squared.device)
         self.steps += 1
-        beta1, beta2 = self.betas
-        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         gathers = []
         for bucket in self.buckets:
-            shards = (bucket.grad, bucket.exp_avg, bucket.exp_avg_sq, bucket.master)
-            for grad, exp_avg, exp_avg_sq, master in zip(*(shard.split(BLOCK) for shard in shards)):
-                grad.mul_(clip)
-                exp_avg.lerp_(grad, 1 - beta1)
-                exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                denominator = exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
-                master.mul_(1 - learning_rate * bucket.weight_decay)
-                master.addcdiv_(exp_avg, denominator, value=-learning_rate / correction1)
+            adamw(
+                [bucket.master],
+                [bucket.grad],
+                [bucket.exp_avg],
+                [bucket.exp_avg_sq],
+                [],
+                [steps.clone()],  # of before, which it counts on
+                lr=learning_rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=self.eps,
+                weight_decay=bucket.weight_decay,
+                grad_scale=scale,  # divides the gradient
+                amsgrad=False,
+                maximize=False,
+                fused=True,
+            )
             bucket.grad = None
             bucket.flat[bucket.shard] = bucket.master
-            if self.shards > 1:
-                gathers.append(all_gather(bucket.flat, bucket.flat[bucket.shard], async_op=True))
+            gathers += self._gather(bucket)
         with self._waiting():
             for work in gathers:
                 work.wait()
         return norm
+
+    def _gather(self, bucket: Bucket) -> list[dist.Work]:
+        """Start to collect a bucket's updated shards in the parameters."""
+        if self.shards == 1:
+            return []
+        if bucket.flat.is_cuda:
+            return [all_gather(bucket.flat, bucket.flat[bucket.shard], async_op=True)]
+        # gloo's all-gather goes through a copy of the whole bucket; N broadcasts send the same bytes in place.
+        return [dist.broadcast(x, rank, async_op=True) for rank, x in enumerate(bucket.flat.chunk(self.shards))]
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
