@@ -11,10 +11,11 @@ shards, by element and not by tensor:
    pass goes on: each rank sends every other one its shard, frees the whole, and sums what it receives for its own in
    float32 (all-to-all and a local sum, as Megatron-LM's reduce-scatter with fp32 accumulation: a ring would round its
    partial sums to bfloat16, and gloo's own reduce-scatter is an all-reduce, which sends twice as much).
-2. Update. The squared norm of all shards is all-reduced once to clip by the global norm; then AdamW runs on the
-   rank's shard alone, on float32 master weights and moments that exist nowhere else.
+2. Update. The squared norm of all shards is all-reduced once to clip by the global norm; then AdamW (PyTorch's fused
+   kernel, one pass over the memory) runs on the rank's shard alone, on float32 master weights and moments that exist
+   nowhere else.
 3. Gather. The updated shards are all-gathered straight into the parameters, which are views of their bucket, while the
-   next bucket is updated.
+   next bucket is updated (with gloo each rank broadcasts its own: its all-gather makes a copy of the bucket).
 
 A rank sends P·(N-1)/N elements in phase 1 and as many in phase 3: 2·P·(N-1)/N a step, like one all-reduce. With K
 micro-batches a step it is (K+1)·P·(N-1)/N, since phase 1 comes K times: to keep nothing but its shard between them, a
@@ -576,6 +577,8 @@ class ZeroAdamW:
     def step(self, learning_rate: float) -> float:
         """One AdamW update of all parameters; returns the global gradient norm before clipping.
 
+        m = β1 m + (1 - β1) g,  v = β2 v + (1 - β2) g²,  w = w - lr (λ w + m / (1 - β1ᵗ) / (√(v / (1 - β2ᵗ)) + ε))
+
         FloatingPointError if that norm is not finite; the parameters are then as they were.
         """
         blocks = [block for bucket in self.buckets for block in bucket.grad.split(BLOCK)]
@@ -622,7 +625,7 @@ class ZeroAdamW:
             return []
         if bucket.flat.is_cuda:
             return [all_gather(bucket.flat, bucket.flat[bucket.shard], async_op=True)]
-        # gloo's all-gather goes through a copy of the whole bucket; N broadcasts send the same bytes in place.
+        # N broadcasts send as many bytes as gloo's all-gather, without its copy of the whole bucket.
         return [dist.broadcast(x, rank, async_op=True) for rank, x in enumerate(bucket.flat.chunk(self.shards))]
 
     @contextmanager

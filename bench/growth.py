@@ -2,7 +2,7 @@
 
     python bench/growth.py             prints a table and writes bench/growth.json
 
-The embedded model in bfloat16, full training, one prompt and its G completions of exactly T tokens; a vocabulary of
+The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), full training, one prompt and its G completions of exactly T tokens; a vocabulary of
 152 k is its own head and embedding with random rows behind them. Every row is a process of its own: seconds are the
 median of three passes after one that does not count, memory is what the process's peak lies above its size with the
 model loaded. The head's memory is that of `grpo.logps_from_hidden_states` alone, forward and backward.
@@ -40,15 +40,14 @@ def seconds(work, repeats: int) -> float:
 
 def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
     import torch
-    from step import MODEL, prompt_ids
-    from transformers import AutoModelForCausalLM
+    from step import load_model, prompt_ids
 
     import dist
     import grpo
     from sampler import ModelSampler
 
     dist.start(dist.find_world())
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    model = load_model()
     if vocabulary > model.config.vocab_size:
         model.resize_token_embeddings(vocabulary)
     grpo.prepare(model)
@@ -59,7 +58,7 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
         sampler = ModelSampler(model, eos_token_ids=[], max_new_tokens=T)
         return {"generate_s": seconds(lambda: sampler.generate(prompts, range(G)), 1)}
     if what == "head":
-        hidden = torch.randn(G * T, model.config.hidden_size).bfloat16().requires_grad_()
+        hidden = torch.randn(G * T, model.config.hidden_size, dtype=model.dtype).requires_grad_()
         targets = torch.tensor(completions).flatten()
         logps, _ = grpo.logps_from_hidden_states(model, hidden, targets, 1.0)
         logps.sum().backward()

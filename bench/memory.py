@@ -2,8 +2,8 @@
 
     python bench/memory.py            prints a table and writes bench/memory.json; Linux, one process, no GPU
 
-Each row is train.py itself, two steps of the embedded model in bfloat16 on the built-in task, in a process whose peak
-resident memory is read and reset (/proc/self/clear_refs) at the end of every moment of a step. A temperature of 5 makes
+Each row is train.py itself, two steps of the embedded model (in bfloat16, or in float32 on a CPU that has no instructions
+for bfloat16) on the built-in task, in a process whose peak resident memory is read and reset (/proc/self/clear_refs) at the end of every moment of a step. A temperature of 5 makes
 every completion as long as it may be. "no model" is a model of nearly no size: what it takes is plan.PROCESS.
 
 By default glibc keeps what is freed in pieces below 32 MB, with holes in it, so the process holds more than what lives.
@@ -35,8 +35,16 @@ ROWS = {
 }
 
 
+def precision() -> str:
+    import torch
+
+    import dist
+
+    return "bfloat16" if dist.has_bfloat16(torch.device("cpu")) else "float32"
+
+
 def flags_of(row: str, folder: str) -> list[str]:
-    flags = [*COMMON.split(), *ROWS[row].split(), "--output_dir", f"{folder}/run"]
+    flags = [*COMMON.split(), *ROWS[row].split(), "--output_dir", f"{folder}/run", "--torch_dtype", precision()]
     return [*flags, "--model", f"{folder}/model"] if row == "no model" else flags
 
 
@@ -126,7 +134,7 @@ def main(rows: list[str]) -> None:
                 moments.pop("start", None)  # what loading takes, from which the next moment may not have come down
                 moments["peak"] = max(moments.values())
                 print(f"  {kind:20.20}" + "".join(f"{value / 1e9:10.2f}" for value in moments.values()))
-            results[row] = kinds
+            results[row] = {"torch_dtype": precision()} | kinds
             file.write_text(json.dumps(results, indent=2) + "\n")
             error = kinds["planned"]["peak"] / kinds["measured"]["peak"] - 1
             print(f"  the plan's peak is {error:+.1%} off")

@@ -1,12 +1,17 @@
 """A whole GRPO step, its training pass and generation, beside TRL, transformers' generate and vLLM.
 
-    python bench/step.py [ROW …]       prints a table and writes bench/step.json (of rows that did not run, the last
-                                       figures stay); needs requirements-test.txt, and vLLM for its rows
+    python bench/step.py [ROW …]       prints a table and writes bench/step.json (of rows and precisions that did
+                                       not run, the last figures stay); needs requirements-test.txt, and vLLM for its rows
 
-Every row is the same work for all: the embedded model in bfloat16, the built-in task's prompts, G = 8, completions of
-exactly TOKENS tokens (nobody may stop earlier), as many threads as there are cores. Every contestant lives in a process
-of its own and works when it is told to, one at a time and in turns, so that what else the machine does hits all alike.
-Seconds are medians of REPEATS turns after a first one that does not count; memory is the process's peak.
+Every row is the same work for all: the embedded model in bfloat16 (in float32 on a CPU that has no instructions for
+bfloat16), the built-in task's prompts, G = 8, completions of exactly TOKENS tokens (nobody may stop earlier), micro-batches
+of at most MICRO completions, as many threads as there are cores. Every contestant lives in a process of its own and works
+when it is told to, one at a time and in turns, so that what else the machine does hits all alike. Seconds are medians of
+REPEATS turns after a first one that does not count; memory is the process's peak.
+
+Two limits of the machine are measured beside them: the speed of one large matrix product, and of a copy in memory. A
+row's share of the first counts the products that its work needs (see `operations`), each prompt once, whatever a
+contestant computes beyond that; generation's share of the second, reading all weights once a token.
 """
 
 import importlib.util
@@ -26,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-TOKENS, G, BETA, RANK, ALPHA, LEARNING_RATE = 128, 8, 0.04, 16, 32, 1e-6
+TOKENS, G, MICRO, BETA, RANK, ALPHA, LEARNING_RATE = 128, 8, 16, 0.04, 16, 32, 1e-6
 REPEATS = 3
 
 # row → what is measured, completions, full training or LoRA, contestants
@@ -37,6 +42,21 @@ ROWS = {
     "generation, 16 completions": ("generate", 16, "full", ["ours", "transformers", "vllm"]),
     "generation, 64 completions": ("generate", 64, "full", ["ours", "transformers", "vllm"]),
 }
+
+
+def precision() -> str:
+    import torch
+
+    import dist
+
+    return "bfloat16" if dist.has_bfloat16(torch.device("cpu")) else "float32"
+
+
+def load_model():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, precision()))
 
 
 def reward(completions, **_) -> list[float]:
@@ -89,8 +109,8 @@ def our_step(count: int, kind: str):
     flags = [
         "--dataset", "arithmetic", "--reward_funcs", "bench", "--output_dir", tempfile.mkdtemp(), "--train_type", kind,
         "--lora_rank", RANK, "--lora_alpha", ALPHA, "--learning_rate", LEARNING_RATE, "--beta", BETA,
-        "--num_generations", G, "--per_device_train_batch_size", count, "--max_completion_length", TOKENS,
-        "--temperature", "1.0", "--max_steps", 1000,
+        "--num_generations", G, "--per_device_train_batch_size", MICRO, "--gradient_accumulation_steps", count // MICRO,
+        "--max_completion_length", TOKENS, "--temperature", "1.0", "--max_steps", 1000, "--torch_dtype", precision(),
     ]  # fmt: skip
     args = train.parse_args([str(flag) for flag in flags])
     threading.Thread(target=train.train, args=(args, dist.find_world()), daemon=True).start()
@@ -112,11 +132,12 @@ def trl_trainer(count: int, kind: str, callbacks=()):
         learning_rate=LEARNING_RATE,
         temperature=1.0,
         num_generations=G,
-        per_device_train_batch_size=count,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=count // MICRO,
         max_completion_length=TOKENS,
         generation_kwargs={"min_new_tokens": TOKENS},
         max_steps=1000,
-        model_init_kwargs={"dtype": "bfloat16"},
+        model_init_kwargs={"dtype": precision()},
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -171,14 +192,11 @@ def a_batch(count: int):
 
 
 def our_pass(count: int, kind: str):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     import dist
     import grpo
 
     dist.start(dist.find_world())
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).train()
+    model = load_model().train()
     grpo.prepare(model)
     ids, completions, advantages, ref = a_batch(count)
     settings = {"epsilon": 0.2, "beta": BETA, "num_completions": count}
@@ -213,15 +231,12 @@ def trl_pass(count: int, kind: str):
 
 
 def our_generate(count: int, kind: str):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     import dist
     import grpo
     from sampler import ModelSampler
 
     dist.start(dist.find_world())
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    model = load_model()
     grpo.prepare(model)
     sampler, ids = ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS), prompt_ids(count)
     while True:
@@ -231,9 +246,8 @@ def our_generate(count: int, kind: str):
 
 def transformers_generate(count: int, kind: str):
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model, ids = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16), prompt_ids(count)
+    model, ids = load_model(), prompt_ids(count)
     width = max(map(len, ids))
     rows = torch.tensor([[0] * (width - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
@@ -251,7 +265,7 @@ def vllm_generate(count: int, kind: str):
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=str(MODEL), dtype="bfloat16", max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=2 << 30,
+        model=str(MODEL), dtype=precision(), max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=2 << 30,
         generation_config="vllm", enable_chunked_prefill=False,
     )  # fmt: skip
     ids = prompt_ids(count)[::G]
@@ -319,7 +333,7 @@ def measure(row: str) -> dict:
                 sys.exit(f"bench/step.py: {name} ended; {log} tells why")
             results[name].append(tuple(map(float, answer.split())))
     end(processes)
-    tokens = count * TOKENS
+    tokens, needed, machine = count * TOKENS, operations(what, count, kind), limits()
     table = {}
     for name, turns in results.items():
         seconds = statistics.median(seconds for seconds, _ in turns[1:])
@@ -329,15 +343,37 @@ def measure(row: str) -> dict:
             "tokens_per_s": tokens / seconds,
             "times_ours": statistics.median(times),
             "peak_MB": turns[-1][1],
+            "of_matmul_peak": needed / seconds / machine["matmul_GFLOP_per_s"] / 1e9,
         }
-    return {"row": row, "contestants": table}
+        if what == "generate":
+            bytes_read = TOKENS * sum(p.nbytes for p in load_model().parameters())
+            table[name]["of_memory_bandwidth"] = bytes_read / seconds / machine["memory_GB_per_s"] / 1e9
+    return {"row": row, "torch_dtype": precision(), "machine": machine, "contestants": table}
+
+
+def operations(what: str, count: int, kind: str) -> float:
+    """Additions and multiplications in the matrix products that a row's work needs, attention left out.
+
+    2 a weight and token forward, as many backward to the inputs and, for full training, to the weights. What prompts
+    share is computed once.
+    """
+    import grpo
+
+    model = load_model()
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head
+    ids, completions, *_ = a_batch(count)
+    rows, tokens = grpo.Pack(ids, completions, model.config, "cpu").ids.numel(), count * TOKENS
+    forward, generated = 2 * (rows * body + tokens * head), 2 * tokens * (body + head)
+    train = {"lora": 2, "full": 3}[kind] * forward
+    return {"generate": generated, "pass": train, "step": generated + train + forward}[what]  # with a reference
 
 
 def limits() -> dict[str, float]:
-    """What the machine can do at best: bfloat16 matrix products, and copying memory."""
+    """What the machine can do at best: matrix products in the precision of the rows, and copying memory."""
     import torch
 
-    a, b = torch.randn(2, 2048, 2048).bfloat16()
+    a, b = torch.randn(2, 2048, 2048).to(getattr(torch, precision()))
     source, target = torch.ones(2, 1 << 28, dtype=torch.uint8)
 
     def best(work) -> float:
@@ -359,19 +395,23 @@ def main(rows: list[str]) -> None:
 
     results = [measure(row) for row in ROWS if not rows or row in rows]
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    machine |= {"bfloat16": torch.cpu.get_capabilities().get("avx512_bf16", False), **limits()}
-    print(f"{'':38}{'':14}{'seconds':>9}{'tokens/s':>10}{'× ours':>8}{'peak MB':>9}")
+    print(
+        f"{precision():38}{'':14}{'seconds':>9}{'tokens/s':>10}{'× ours':>8}{'peak MB':>9}{'of matmul':>11}{'of memory':>11}"
+    )
     for result in results:
         for i, (name, r) in enumerate(result["contestants"].items()):
             label = result["row"] if i == 0 else ""
             print(
                 f"{label:38}{name:14}{r['seconds']:9.2f}{r['tokens_per_s']:10.0f}{r['times_ours']:8.2f}{r['peak_MB']:9.0f}"
+                f"{r['of_matmul_peak']:11.0%}"
+                + (f"{r['of_memory_bandwidth']:11.0%}" if "of_memory_bandwidth" in r else "")
             )
-    print(machine)
     file = Path(__file__).with_suffix(".json")
     known = json.loads(file.read_text()) if file.exists() else []
-    measured = {result["row"]: {"machine": machine} | result for result in [*known, *results]}
-    file.write_text(json.dumps([measured[row] for row in ROWS if row in measured], indent=2) + "\n")
+    for result in results:
+        result["machine"] |= machine
+    measured = {(result["row"], result["torch_dtype"]): result for result in [*known, *results]}
+    file.write_text(json.dumps(list(measured.values()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

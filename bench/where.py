@@ -2,7 +2,7 @@
 
     python bench/where.py              prints a table, writes bench/where.json and docs/where.png
 
-The embedded model in bfloat16, completions of exactly TOKENS tokens, all cores. Parts are wall-clock times around the
+The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), completions of exactly TOKENS tokens, all cores. Parts are wall-clock times around the
 functions that do the work, medians of REPEATS turns after one that does not count. `floor` is what the matrix products
 of the same step would take at the speed of one large product, measured in the same run; for products that read all
 weights for a few rows, as in generation, it is out of reach, and reading the weights once a token is the other floor.
@@ -18,9 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import torch  # noqa: E402
-from step import MODEL, TOKENS, a_batch, limits  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from step import TOKENS, a_batch, limits, load_model, operations, precision  # noqa: E402
 
 import dist  # noqa: E402
 import grpo  # noqa: E402
@@ -48,7 +46,7 @@ def timed(owner, name: str, part: str) -> None:
 
 
 def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    model = load_model()
     if kind == "lora":
         lora.inject(model, 16, 32)
     grpo.prepare(model)
@@ -77,14 +75,8 @@ def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
             total = time.perf_counter() - started
             turns.append(dict(spent) | {"the rest": total - sum(spent.values())})
         result[name] = {part: statistics.median(turn[part] for turn in turns[1:]) for part in turns[-1]}
-    tokens, head = count * TOKENS, model.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for n, p in lora.plain_parameters(model) if p.ndim == 2) - head
-    rows = grpo.Pack(ids, completions, model.config, "cpu").ids.numel()
-    # Forward, backward to the inputs and, for full training, to the weights: 2 operations a weight and token each.
-    passes = {"lora": 2, "full": 3}[kind]
-    operations = {"generation": 2 * tokens * (body + head), "training": 2 * passes * (rows * body + tokens * head)}
-    for name, total in operations.items():
-        result[name]["operations"] = total
+    for name, what in (("generation", "generate"), ("training", "pass")):
+        result[name]["operations"] = operations(what, count, kind)
     return result
 
 
@@ -116,6 +108,7 @@ def main() -> None:
             for part, seconds in sorted(turn.items(), key=lambda item: -item[1]):
                 if part != "floor":
                     print(f"    {part:28}{seconds:8.2f} s {seconds / total:6.0%}")
+    machine["torch_dtype"] = precision()
     (HERE / "where.json").write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
     draw(results)
 
