@@ -415,11 +415,11 @@ def prepare(model: torch.nn.Module) -> None:
         model.set_attn_implementation("grouped")
         if differs(tried(model), plain):
             model.set_attn_implementation("sdpa")
-    modules = [m for m in model.modules() if len(inspect.signature(m.forward).parameters) == 1]
-    norms = [m for m in modules if hasattr(m, "weight") and hasattr(m, "variance_epsilon")]
-    gates = [m for m in modules if isinstance(getattr(m, "act_fn", None), SiLUActivation)]
+    norms = [m for m in model.modules() if hasattr(m, "weight") and hasattr(m, "variance_epsilon")]
+    gates = [m for m in model.modules() if isinstance(getattr(m, "act_fn", None), SiLUActivation)]
     gates = [m for m in gates if all(hasattr(m, name) for name in ("gate_proj", "up_proj", "down_proj"))]
     for function, modules in ((lean_norm, norms), (lean_mlp, gates)):
+        modules = [m for m in modules if len(inspect.signature(m.forward).parameters) == 1 and "forward" not in vars(m)]
         for module in modules:
             module.forward = functools.partial(function, module)
         if differs(tried(model), plain):

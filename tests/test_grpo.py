@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,27 @@ def test_a_model_that_drops_attention_out_takes_the_plain_pass():
     prompts, completions, _ = make_batch()
     a, b = (grpo.completion_logps(model.train(), prompts, completions, TEMPERATURE)[0] for _ in range(2))
     assert not torch.equal(a, b)
+
+
+def test_norms_and_gates_are_replaced_where_they_are_the_models_own():
+    def replaced(model) -> list[str]:
+        return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if "forward" in vars(m)})
+
+    model = tiny_model("llama")
+    grpo.prepare(model)
+    assert replaced(model) == ["input_layernorm", "mlp", "norm", "post_attention_layernorm"]
+
+    model = tiny_model("llama")
+    kind = type(model.model.norm)
+    doubled = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    for layer in model.model.layers:
+        layer.input_layernorm.__class__ = doubled  # looks like any other
+        layer.mlp.forward = partial(lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x))), layer.mlp)
+    prompts, completions, _ = make_batch()
+    expected = grpo.completion_logps(model, prompts, completions, TEMPERATURE)[0]
+    grpo.prepare(model)
+    torch.testing.assert_close(grpo.completion_logps(model, prompts, completions, TEMPERATURE)[0], expected)
+    assert replaced(model) == ["mlp"]
 
 
 @pytest.mark.parametrize("trained", [False, True])
