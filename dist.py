@@ -238,6 +238,7 @@ class Watch:
     """
 
     ALIVE, FAILED, DONE = b"\1", b"\2", b"\3"
+    PATIENCE = 15.0  # seconds until rank 0 says for whom it waits
     GRACE = 3.0  # seconds for a process to end with an error of its own when another one has said that it failed
 
     def __init__(self, world: World, host: str, store, timeout: float, on_loss: Callable[[str], None], meeting: float):
@@ -266,11 +267,16 @@ class Watch:
         family = socket.AF_INET6 if dual else socket.AF_INET
         with socket.create_server(("", 0), family=family, backlog=world.size, dualstack_ipv6=dual) as server:
             store.set("watch", f"{server.getsockname()[1]} {world.place}")
+            speak = time.monotonic() + self.PATIENCE
             while missing:
                 try:
-                    server.settimeout(max(0.001, deadline - time.monotonic()))
+                    server.settimeout(max(0.001, min(speak, deadline) - time.monotonic()))
                     connection, _ = server.accept()
                 except TimeoutError:
+                    if time.monotonic() < deadline:
+                        speak = math.inf
+                        print(f"waiting for rank {', '.join(map(str, sorted(missing)))} of {world.size}", flush=True)
+                        continue
                     raise ValueError(
                         f"--nnodes: rank {', '.join(map(str, sorted(missing)))} of {world.size} did not come within "
                         "the time to meet; the same command on every node, each with its --node_rank, works"

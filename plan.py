@@ -209,8 +209,8 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
     room = config.max_position_embeddings - args.max_completion_length
     if room < at_least:
         raise ValueError(
-            f"--max_completion_length {args.max_completion_length}: with a prompt of {at_least} tokens that is more than "
-            f"the model's {config.max_position_embeddings}; a shorter one works"
+            f"--max_completion_length {args.max_completion_length}: with a prompt of {at_least} token{'s' * (at_least > 1)} "
+            f"or more that is beyond the model's {config.max_position_embeddings}; a shorter one works"
         )
     return rows, min(longest, room), shared
 
@@ -255,17 +255,21 @@ def show(args: argparse.Namespace, config, world: World) -> int:
     if s["on_gpu"]:
         print(f"host memory of rank 0 while it saves: {(12 + s['t']) * s['T'] / 1e9:.2f} GB, (12 + t)·T")
     if args.use_vllm:
-        print(f"vLLM's engine, on its own GPU or beside the above on the only one: {s['w'] * s['P'] / 1e9:.2f} GB of weights, "
-              f"w·P, and {2 * s['w'] * s['L'] * s['k']:,} bytes a token, 2·w·L·k")  # fmt: skip
+        print(f"vLLM's engine, on a GPU of its own that is not counted here: {s['w'] * s['P'] / 1e9:.2f} GB of weights, "
+              f"w·P, and {2 * s['w'] * s['L'] * s['k']:,} bytes a token, 2·w·L·k; on the only GPU, both come on top")  # fmt: skip
     if not s["llama"]:
         print("not of Llama's shape: activations, attention, cache and FLOPs are estimates")
     moment, most = max(total.items(), key=lambda item: item[1])
     fits = limit is None or most <= limit * 1e9
     verdict = "" if limit is None else f": {'fits' if fits else 'more than'} --device_memory_gb {limit:g}"
     print(f"peak {most / 1e9:.2f} GB, {moment}{verdict}")
-    recompute = {"gradient_checkpointing": True}
-    for change in ({"deepspeed": "zero2"}, {"deepspeed": "zero3"}, recompute, recompute | {"deepspeed": "zero3"}):
-        other = max(sums(terms(argparse.Namespace(**vars(args) | change), s)).values())
-        if not fits and other <= limit * 1e9 and all(getattr(args, name) != value for name, value in change.items()):
-            print(f"{' '.join(f'--{n} {str(v).lower()}' for n, v in change.items())} would take {other / 1e9:.2f} GB")
+    if not fits:
+        recompute, would = {"gradient_checkpointing": True}, []
+        zero2, zero3 = {"deepspeed": "zero2"}, {"deepspeed": "zero3"}
+        for change in (zero2, zero3, recompute, zero2 | recompute, zero3 | recompute):
+            if all(getattr(args, name) != value for name, value in change.items()):
+                other = max(sums(terms(argparse.Namespace(**vars(args) | change), s)).values())
+                would.append((other, " ".join(f"--{n} {str(v).lower()}" for n, v in change.items())))
+        for other, flags in [w for w in would if w[0] <= limit * 1e9] or sorted(would)[:1]:
+            print(f"{flags} would take {other / 1e9:.2f} GB" + ", still more" * (other > limit * 1e9))
     return 0 if fits else 1

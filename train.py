@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     if world.size > 1:
         world.agree(contents(args, train_rows, val_rows))
     world.together(start_folder, args, world)
-    completions_per_step = world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    completions_per_step = step_size(args, world)
     prompts_per_batch = completions_per_step // args.num_generations
     steps_per_epoch = args.num_iterations * len(train_rows) / prompts_per_batch
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
@@ -453,6 +453,11 @@ def schedule(args: argparse.Namespace, step: int, max_steps: int) -> float:
     return decay[args.lr_scheduler_type]
 
 
+def step_size(args: argparse.Namespace, world: dist.World) -> int:
+    """Completions of one optimizer step, on all ranks."""
+    return world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
 def crossed(every: int | None, step: int, num_iterations: int) -> bool:
     """Whether the batch that ended with `step` reached a multiple of `every`; there is no stop inside a batch."""
     return bool(every) and step // every > (step - num_iterations) // every
@@ -725,7 +730,14 @@ def start_folder(args: argparse.Namespace, world: dist.World) -> None:
         if changed:
             told = (f"--{k} {v} (was {before[k]})" for k, v in changed.items())
             print("resumed with other flags: " + ", ".join(told).replace("True", "true").replace("False", "false"))
-        step = json.loads((checkpoint_to_resume(args) / "trainer_state.json").read_text())["step"]
+        state = json.loads((checkpoint_to_resume(args) / "trainer_state.json").read_text())
+        step, before, now = state["step"], state.get("completions_per_step"), step_size(args, world)
+        if before not in (None, now):
+            kept, rest = divmod(before, world.size * args.gradient_accumulation_steps)
+            print(
+                f"resumed with {now} completions a step (was {before}): the order of prompts and the number of steps are "
+                "others" + f"; --per_device_train_batch_size {kept} keeps them" * (rest == 0)
+            )
         earlier = [p for p in checkpoints(args.output_dir) if checkpoint_step(p) > step]
     if earlier:
         number = 1
@@ -766,6 +778,7 @@ def save(args, world, model, tokenizer, optimizer, step: int, num_tokens: int, u
         tokenizer.save_pretrained(unfinished)
         save_file(state, unfinished / "optimizer.safetensors")
         progress = {"step": step, "num_tokens": num_tokens, "unlogged": unlogged}
+        progress["completions_per_step"] = step_size(args, world)
         (unfinished / "trainer_state.json").write_text(json.dumps(progress) + "\n")
         unfinished.rename(folder)  # a checkpoint that is there is whole
         if args.save_total_limit:
@@ -995,7 +1008,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         type=planned,
         default=False,
         metavar="true|false|N",
-        help="print what a run takes here, or on N GPUs",
+        help="print what a run takes here, or on N GPUs (vLLM's not among them)",
     )
     group("--device_memory_gb", type=positive, help="with --dry_run: whether it fits; 10^9 bytes a rank")
 

@@ -6,9 +6,9 @@ Each row is train.py itself, two steps of the embedded model (in bfloat16, or in
 for bfloat16) on the built-in task, in a process whose peak resident memory is read and reset (/proc/self/clear_refs) at the end of every moment of a step. A temperature of 5 makes
 every completion as long as it may be. "no model" is a model of nearly no size: what it takes is plan.PROCESS.
 
-By default glibc keeps what is freed in pieces below 32 MB, with holes in it, so the process holds more than what lives.
-Every run is made twice: as it is, and with a threshold of 1 MB (MALLOC_MMAP_THRESHOLD_), from which on memory that is
-freed goes back to the system. The planner counts what lives.
+By default glibc keeps what is freed, with holes in it, so the process holds more than what lives (docs/speed.md). The
+planner counts what lives, so every run has a threshold of 1 MB (MALLOC_MMAP_THRESHOLD_), from which on memory that is
+freed goes back to the system.
 """
 
 import json
@@ -108,9 +108,9 @@ def child(flags: list[str]) -> None:
     print(json.dumps(peaks))
 
 
-def measured(row: str, folder: str, environment: dict[str, str]) -> dict[str, float]:
+def measured(row: str, folder: str) -> dict[str, float]:
     command = [sys.executable, __file__, "child", *flags_of(row, folder)]
-    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=os.environ | GIVE_BACK, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])
@@ -126,8 +126,7 @@ def main(rows: list[str]) -> None:
         for row in rows or ROWS:
             kinds = {
                 "planned": planned(row, folder),
-                "measured": measured(row, folder, GIVE_BACK),
-                "measured, glibc's default": measured(row, folder, {}),
+                "measured": measured(row, folder),
             }
             print(row)
             for kind, moments in kinds.items():

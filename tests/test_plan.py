@@ -187,6 +187,9 @@ def test_a_plan_says_whether_it_fits_and_what_would(capsys):
     out = capsys.readouterr().out
     would = re.search(r"^--gradient_checkpointing true would take ([\d.]+) GB$", out, re.MULTILINE)
     assert "more than --device_memory_gb 70" in out
+    assert run_here(*flags[:-1], 10) == 1
+    least = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"--deepspeed zero3 --gradient_checkpointing true would take [\d.]+ GB, still more", least)
     assert run_here(*flags, "--gradient_checkpointing", "true") == 0
     out = capsys.readouterr().out
     assert f"peak {would[1]} GB" in out and "fits --device_memory_gb 70" in out
@@ -214,7 +217,7 @@ def test_bad_plans_are_one_line(tmp_path, capsys):
         (["--dry_run", 0], "--dry_run: '0': true, false or a number of GPUs works"),
         (["--dry_run", "false", "--device_memory_gb", 80], "--device_memory_gb 80: only a plan asks for it"),
         (["--num_generations", 7], "--num_generations 7: does not divide the 64 completions"),
-        (["--max_completion_length", 131072], "--max_completion_length 131072: with a prompt of 1 tokens"),
+        (["--max_completion_length", 131072], "--max_completion_length 131072: with a prompt of 1 token or more"),
         (["--dataset", "arithmetics.jsonl"], "--dataset arithmetics.jsonl: no such file"),
     ):
         assert run_here(*common, *flags) == 2

@@ -108,8 +108,12 @@ def test_a_run_resumed_earlier_on_leaves_no_stale_checkpoint_and_says_what_chang
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # as a kill leaves it
     changes = ["--resume_from_checkpoint", tmp_path / "checkpoint-2", "--learning_rate", "0.1"]
+    changes += ["--gradient_accumulation_steps", 2]
+    size = int(flags[flags.index("--per_device_train_batch_size") + 1])
     said = run_train(*flags, *changes).stdout
     assert "--learning_rate 0.1 (was 0.001)" in said
+    assert f"resumed with {2 * size} completions a step (was {size})" in said
+    assert f"--per_device_train_batch_size {size // 2} keeps them" in said
     assert (tmp_path / "earlier-1" / "checkpoint-4").exists()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
     new = weights(tmp_path / "checkpoint-4")
