@@ -151,7 +151,8 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("cache", "2*w*L*k*(B*(o + C) + c)", "generate")  # keys and values of every row, and as they were prefilled
         add("prefill", "c*(8*H + 3*w*I)", "generate")
         add("logits", f"B*V*(w + {12 + 24 * (args.top_p < 1 or args.top_k > 0)})", "generate")
-        if not on_gpu and s["w"] == 2 and has_bfloat16(torch.device("cpu")) and s["llama"] and (gather or not zero3):
+        fast = s["w"] == 4 or has_bfloat16(torch.device("cpu"))
+        if not on_gpu and fast and s["llama"] and (gather or not zero3):
             add("packed weights", "w*W", "generate")  # in oneDNN's layout
     # The optimizer's, and the weights made of it for the model's file; on a GPU a bucket's at a time.
     add("whole state", "(12 + t)*T" if not on_gpu else "4*K", "save")

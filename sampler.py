@@ -375,13 +375,14 @@ class FusedLinear:
     """Linear layers that read the same input, with their adapters beside them.
 
     On a CPU they become one product with its weights in the layout that oneDNN wants, which F.linear makes anew at every
-    call. An adapter is columns more of that product, and their input is A x:  y = [W, s B] [x, A x].
+    call; what it gives for a row is then, bit for bit, the same in any batch. An adapter is columns more of that product, and their input is A x:  y = [W, s B] [x, A x].
     """
 
     def __init__(self, *linears: torch.nn.Linear):
         self.linears, weight = linears, linears[0].weight
         self.A = self.weight = None
-        if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not has_bfloat16(weight.device):
+        fast = [torch.float32] + [torch.bfloat16] * has_bfloat16(weight.device)
+        if weight.device.type != "cpu" or weight.dtype not in fast or not torch.backends.mkldnn.is_available():
             return
         adapted = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
         self.A = torch.cat([linear.lora_A for linear in adapted]).to(weight.dtype) if adapted else None
