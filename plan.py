@@ -154,8 +154,8 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         fast = s["w"] == 4 or has_bfloat16(torch.device("cpu"))
         if not on_gpu and fast and s["llama"] and (gather or not zero3):
             add("packed weights", "w*W", "generate")  # in oneDNN's layout
-    # The optimizer's, and the weights made of it for the model's file; on a GPU a bucket's at a time.
-    add("whole state", "(12 + t)*T" if not on_gpu else "4*K", "save")
+    # The optimizer's, with the weights made of it for the model's file; on a GPU a bucket's at a time.
+    add("whole state", f"{bytes_to_save(s)}*T" if not on_gpu else "4*K", "save")
 
     if s["N"] > 1:
         passes = "(3*A + 1)" if args.beta else "(2*A + 1)"  # forward, backward, reference; generation
@@ -168,6 +168,11 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("FLOPs to generate", "2*P*(B*C + c)")
         add("bytes read to generate", "C*(w*P + 2*w*L*k*(B*(o + C/2)))")
     return found
+
+
+def bytes_to_save(s: dict[str, float]) -> int:
+    """Of a trained parameter: float32 weights and moments, and the weights in the model's type if that is another."""
+    return 12 if s["t"] == 4 else 12 + s["t"]
 
 
 def sums(found: list[Term]) -> dict[str, float]:
@@ -254,7 +259,8 @@ def show(args: argparse.Namespace, config, world: World) -> int:
         if not term.moments:
             print(f"{term.name + ' a step':26}{term.value:10.2e} {term.formula.replace('*', '·')}")
     if s["on_gpu"]:
-        print(f"host memory of rank 0 while it saves: {(12 + s['t']) * s['T'] / 1e9:.2f} GB, (12 + t)·T")
+        each = bytes_to_save(s)
+        print(f"host memory of rank 0 while it saves: {each * s['T'] / 1e9:.2f} GB, {each}·T")
     if args.use_vllm:
         print(f"vLLM's engine, on a GPU of its own that is not counted here: {s['w'] * s['P'] / 1e9:.2f} GB of weights, "
               f"w·P, and {2 * s['w'] * s['L'] * s['k']:,} bytes a token, 2·w·L·k; on the only GPU, both come on top")  # fmt: skip
