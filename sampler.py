@@ -375,7 +375,7 @@ class FusedLinear:
     """Linear layers that read the same input, with their adapters beside them.
 
     On a CPU they become one product with its weights in the layout that oneDNN wants, which F.linear makes anew at every
-    call; what it gives for a row is then, bit for bit, the same in any batch. An adapter is columns more of that product, and their input is A x:  y = [W, s B] [x, A x].
+    call. An adapter is columns more of that product, and their input is A x:  y = [W, s B] [x, A x].
     """
 
     def __init__(self, *linears: torch.nn.Linear):

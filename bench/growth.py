@@ -2,10 +2,10 @@
 
     python bench/growth.py             prints a table and writes bench/growth.json
 
-The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), full training, one prompt and its G completions of exactly T tokens; a vocabulary of
-152 k is its own head and embedding with random rows behind them. Every row is a process of its own: seconds are the
-median of three passes after one that does not count, memory is what the process's peak lies above its size with the
-model loaded. The head's memory is that of `grpo.logps_from_hidden_states` alone, forward and backward.
+The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), full training, one prompt and its G
+completions of exactly T tokens; a vocabulary of 152 k is its own head and embedding with random rows behind them. Every
+row is a process of its own: seconds are the median of three passes after one that does not count, memory is what the
+process's peak lies above its size with the model loaded. The head's memory is that of `grpo.logps_from_hidden_states` alone, forward and backward.
 """
 
 import json

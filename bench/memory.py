@@ -3,8 +3,9 @@
     python bench/memory.py            prints a table and writes bench/memory.json; Linux, one process, no GPU
 
 Each row is train.py itself, two steps of the embedded model (in bfloat16, or in float32 on a CPU that has no instructions
-for bfloat16) on the built-in task, in a process whose peak resident memory is read and reset (/proc/self/clear_refs) at the end of every moment of a step. A temperature of 5 makes
-every completion as long as it may be. "no model" is a model of nearly no size: what it takes is plan.PROCESS.
+for bfloat16) on the built-in task, in a process whose peak resident memory is read and reset (/proc/self/clear_refs) at
+the end of every moment of a step. A temperature of 5 makes every completion as long as it may be. "no model" is a model of
+nearly no size: what it takes is plan.PROCESS.
 
 By default glibc keeps what is freed, with holes in it, so the process holds more than what lives (docs/speed.md). The
 planner counts what lives, so every run has a threshold of 1 MB (MALLOC_MMAP_THRESHOLD_), from which on memory that is
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from step import precision
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,14 +36,6 @@ ROWS = {
     "full with reference": "--train_type full --beta 0.04 --per_device_train_batch_size 16",
     "full, recomputed": "--train_type full --beta 0 --per_device_train_batch_size 32 --gradient_checkpointing true",
 }
-
-
-def precision() -> str:
-    import torch
-
-    import dist
-
-    return "bfloat16" if dist.has_bfloat16(torch.device("cpu")) else "float32"
 
 
 def flags_of(row: str, folder: str) -> list[str]:
