@@ -566,6 +566,7 @@ class Engine:
         try:
             yield
         except (EOFError, OSError, RuntimeError) as error:
+            watchdog.cancel()  # how long the engine takes to end is not silence
             raise self.failure() from error
         finally:
             watchdog.cancel()
@@ -577,7 +578,7 @@ class Engine:
     def failure(self, what: str = "") -> SamplerError:
         """End the engine; the error tells what is known of why."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)  # its pipe may close a moment before it has ended
+            self.process.wait(0 if what else 10)  # its pipe closes before it has ended, on a busy machine by seconds
         status = self.process.poll()
         with suppress(EOFError, OSError):
             while not what and self.pipe.poll():  # its last words, if the trainer was not listening
@@ -709,6 +710,7 @@ def serve(pipe: Connection, trainer: int) -> None:
         from vllm import LLM
 
         llm, group = LLM(**engine_args), None
+        generate(llm, pipe, [([0], 2, 0)], {"max_tokens": 2})  # what vLLM compiles for it belongs to the start
         pipe.send(("done", None))
         while True:
             command, *args = pipe.recv()
