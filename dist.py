@@ -149,6 +149,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not on Linux: whatever it takes
+        return 1 << 62
+    kilobytes = meminfo.read_text().partition("MemAvailable:")[2].split()[0]
+    return int(kilobytes) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def start(
     world: World, timeout: float = 30.0, on_loss: Callable[[str], None] = print, meeting: float = 300.0
 ) -> "Watch | None":

@@ -132,12 +132,14 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
     # float32 moments, and float32 weights unless they are that; gradients in float32, kept between micro-batches.
     add("optimizer", ("12*T" if s["t"] == 2 else "8*T") + by_n, *MOMENTS)
     add("gradients", "4*T" + by_n, "update", *["backward"] * (s["A"] > 1))
+    head = "(4 + t)*V*H"  # the backward pass begins with the head: its gradient, summed in float32, and a chunk's
     if zero3:
         add("gradients", "t*T/N", "backward")
-        add("gradients in flight", "2*t*K" if lora_run else "t*(E + 2*D)", "backward")
+        add("gradients in flight", "2*t*K" if lora_run else f"max(t*(E + 2*D), {head})", "backward")
     else:
         # One bucket fills, one is sent; where it is shared out, its parts of the other ranks arrive in a third.
-        add("gradients in flight", "3*t*K" if sharded else "2*t*K", "backward")
+        buckets = "3*t*K" if sharded else "2*t*K"
+        add("gradients in flight", buckets if lora_run else f"max({buckets}, {head})", "backward")
     # Of a layer: two norms (their input and output), the queries, keys and values, what o_proj reads, and three of the
     # inner size. Of the last norm no output.
     layer = "w*(4*H + 2*q + 2*k + 3*I)"

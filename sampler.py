@@ -1,6 +1,6 @@
 """Sampling completions from the policy: the own sampler, on any transformers model, and vLLM.
 
-The own sampler. One call decodes all completions of a rank at once. Every prompt is prefilled once, what all prompts
+The own sampler. One call decodes all completions of a rank at once, or as many as memory has room for. Every prompt is prefilled once, what all prompts
 begin with is kept once for all rows, the rest is copied to the rows of its G completions; each step feeds one token a
 row; rows whose completion has ended leave the batch.
 
@@ -52,7 +52,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import lora
-from dist import World, forward, gathered, has_bfloat16, is_sharded, whole
+from dist import World, forward, free_memory, gathered, has_bfloat16, is_sharded, whole
 from grpo import Pack, distinct, logits_from_hidden_states, pad, positions
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
@@ -123,7 +123,10 @@ class ModelSampler:
                 with torch.no_grad():
                     return self._generate(prompt_ids or [[0]], seeds or [0])[: len(prompt_ids)]
             with gathered(self.model), torch.inference_mode():
-                return self._generate(prompt_ids, seeds) if prompt_ids else []
+                longest = max(map(len, prompt_ids), default=0) + self.max_new_tokens
+                waves = range(0, len(prompt_ids), rows_at_once(self.model, longest))
+                parts = [slice(start, start + waves.step) for start in waves]
+                return [c for part in parts for c in self._generate(prompt_ids[part], seeds[part])]
         finally:
             self.model.train(training)
 
@@ -163,6 +166,19 @@ class ModelSampler:
             dist.all_reduce(running)
             return running.item() == 0
         return ended
+
+
+def rows_at_once(model: torch.nn.Module, length: int) -> int:
+    """How many sequences of `length` tokens can be decoded together in half of the memory that is free; one at least.
+
+    A row takes its keys and values, and of one token the logits and what `sample_tokens` makes of them.
+    """
+    config, parameter = model.config.get_text_config(), next(model.parameters())
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * dim
+    row = 2 * parameter.itemsize * keys * length + 40 * config.vocab_size
+    return max(1, free_memory(parameter.device) // 2 // row)
 
 
 def sample_tokens(
@@ -356,19 +372,21 @@ def norm(module: torch.nn.Module, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decodes_like_llama(model: torch.nn.Module) -> bool:
-    """Whether `LlamaDecoder` gives the model's own logits, tried on two short prompts."""
+    """Whether `LlamaDecoder` gives the model's own logits, tried on two prompts, long enough that positions count."""
     config = model.config.get_text_config()
     if model.config._attn_implementation != "grouped" or getattr(config, "sliding_window", None):
         return False
     a, b, c, d = ((config.vocab_size // 2 + i) % config.vocab_size for i in range(4))
     rows = torch.tensor([0, 1, 1], device=next(model.parameters()).device)
+    prompts = [a, b] + [a, c, d] * 20 + [b], [a, c] + [b, d, a, a] * 20
+    limit = 0.05 if model.dtype == torch.bfloat16 else 1e-3
     try:
-        decoders = [kind(model, [[a, b], [a, c, b]], rows, 2) for kind in (Decoder, LlamaDecoder)]
+        decoders = [kind(model, prompts, rows, 2) for kind in (Decoder, LlamaDecoder)]
         for token in (rows.new_tensor([b, c, d]), rows.new_tensor([d, d, a])):
             own, ours = (decoder.step(token) for decoder in decoders)
     except (AttributeError, RuntimeError, TypeError):  # it has other parts
         return False
-    return bool((own - ours).norm() <= 0.05 * own.norm())
+    return bool((own - ours).norm() <= limit * own.norm())
 
 
 class FusedLinear:

@@ -4,12 +4,15 @@
 
 The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), full training, one prompt and its G
 completions of exactly T tokens; a vocabulary of 152 k is its own head and embedding with random rows behind them. Every
-row is a process of its own: seconds are the median of three passes after one that does not count, memory is what the
-process's peak lies above its size with the model loaded. The head's memory is that of `grpo.logps_from_hidden_states` alone, forward and backward.
+figure is a process of its own: seconds of generation are of one call, of the training pass the median of three (of one
+from AT_ONCE tokens on), each after one that does not count; generation warms up with a few tokens alone. Memory is what
+the process's peak lies above its size with the model loaded and all that this freed given back. The head's memory is that
+of `grpo.logps_from_hidden_states` alone, forward and backward, with a head that is frozen: one that is trained has its
+gradient besides, whatever the number of tokens.
 """
 
+import ctypes
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,20 +25,23 @@ BASE = {"G": 4, "T": 128, "vocabulary": 49_152}
 ROWS = [BASE | {"T": T} for T in (128, 256, 512, 1024, 2048)]
 ROWS += [BASE | {"G": G} for G in (8, 16, 32, 64)]
 ROWS += [BASE | {"vocabulary": 151_936, "T": T} for T in (128, 1024)]
-GENERATED = [row for row in ROWS if row["vocabulary"] == 49_152 and row["T"] <= 512]
+AT_ONCE = 2_048
 
 
 def peak_MB() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most that was resident since the last call."""
+    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(peak) / 1024
 
 
 def seconds(work, repeats: int) -> float:
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
@@ -53,11 +59,16 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
     grpo.prepare(model)
     prompts = prompt_ids(8)[:1] * G
     completions = torch.randint(100, 40_000, (G, T), generator=torch.Generator().manual_seed(0)).tolist()
+    ctypes.CDLL(None).malloc_trim(0)
+    peak_MB()
     before = peak_MB()
     if what == "generate":
+        ModelSampler(model, eos_token_ids=[], max_new_tokens=8).generate(prompts, range(G))
         sampler = ModelSampler(model, eos_token_ids=[], max_new_tokens=T)
-        return {"generate_s": seconds(lambda: sampler.generate(prompts, range(G)), 1)}
+        taken = seconds(lambda: sampler.generate(prompts, range(G)), 1)
+        return {"generate_s": taken, "generate_MB": peak_MB() - before}
     if what == "head":
+        model.requires_grad_(False)
         hidden = torch.randn(G * T, model.config.hidden_size, dtype=model.dtype).requires_grad_()
         targets = torch.tensor(completions).flatten()
         logps, _ = grpo.logps_from_hidden_states(model, hidden, targets, 1.0)
@@ -69,29 +80,33 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
         logps, _, mask = grpo.completion_logps(model, prompts, completions, 1.0)
         (logps * mask).sum().backward()
 
-    return {"pass_s": seconds(train, 3), "pass_MB": peak_MB() - before}
+    train()
+    return {"pass_s": seconds(train, 3 if G * T < AT_ONCE else 1), "pass_MB": peak_MB() - before}
 
 
 def main() -> None:
-    results = []
-    print(
-        f"{'G':>4}{'T':>6}{'vocabulary':>12}{'generate s':>12}{'tokens/s':>10}{'pass s':>8}{'tokens/s':>10}{'MB':>7}{'head MB':>9}"
-    )
+    from step import precision
+
+    file = HERE / "growth.json"
+    columns = ["generate s", "tokens/s", "MB", "pass s", "tokens/s", "MB", "head MB"]
+    print(f"{precision():12}{'G':>4}{'T':>6}{'vocabulary':>12}" + "".join(f"{name:>11}" for name in columns))
+    known = json.loads(file.read_text()) if file.exists() else []
+    known = [row for row in known if row["torch_dtype"] != precision()]
     for row in ROWS:
-        result = dict(row)
-        for what in ["train", "head"] + ["generate"] * (row in GENERATED):
+        result = {"torch_dtype": precision()} | row
+        for what in ("generate", "train", "head"):
             command = [sys.executable, __file__, what, *map(str, row.values())]
-            result |= json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
-        results.append(result)
-        tokens = row["G"] * row["T"]
-        generated = result.get("generate_s")
+            run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+            result |= json.loads(run.stdout)
+        known.append(result)
+        file.write_text(json.dumps(known, indent=2) + "\n")
+        tokens, r = row["G"] * row["T"], result
         print(
-            f"{row['G']:4}{row['T']:6}{row['vocabulary']:12,}"
-            + (f"{generated:12.2f}{tokens / generated:10.0f}" if generated else " " * 22)
-            + f"{result['pass_s']:8.2f}{tokens / result['pass_s']:10.0f}{result['pass_MB']:7.0f}{result['head_MB']:9.0f}",
+            f"{'':12}{row['G']:4}{row['T']:6}{row['vocabulary']:12,}{r['generate_s']:11.2f}"
+            f"{tokens / r['generate_s']:11.0f}{r['generate_MB']:11.0f}{r['pass_s']:11.2f}{tokens / r['pass_s']:11.0f}"
+            f"{r['pass_MB']:11.0f}{r['head_MB']:11.0f}",
             flush=True,
         )
-    (HERE / "growth.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,41 @@
 """A whole GRPO step, its training pass and generation, beside TRL, transformers' generate and vLLM.
 
-    python bench/step.py [ROW …]       prints a table and writes bench/step.json (of rows and precisions that did
-                                       not run, the last figures stay); needs requirements-test.txt, and vLLM for its rows
+    python bench/step.py [ROW …]       prints each row when it is done and puts it into bench/step.json (of other rows
+                                       and precisions the last figures stay); needs requirements-test.txt, vLLM for
+                                       its rows, and 24 GB of memory
 
-Every row is the same work for all: the embedded model in bfloat16 (in float32 on a CPU that has no instructions for
-bfloat16), the built-in task's prompts, G = 8, completions of exactly TOKENS tokens (nobody may stop earlier), micro-batches
-of at most MICRO completions, as many threads as there are cores. Every contestant lives in a process of its own and works
-when it is told to, one at a time and in turns, so that what else the machine does hits all alike. Seconds are medians of
-REPEATS turns after a first one that does not count; memory is the process's peak.
+Every row is the same work for all, on CPUs: the embedded model in bfloat16 (in float32 on a CPU that has no instructions
+for bfloat16), questions of the built-in task, G = 8, completions of exactly TOKENS tokens (nobody may stop earlier),
+micro-batches of the same size, a thread for each core. Every contestant lives in a process of its own and works when it
+is told to, one at a time and in turns, so that what else the machine does hits all alike. Seconds are medians of REPEATS
+turns after a first one that does not count; memory is the peak, summed over a contestant's processes.
 
-Two limits of the machine are measured beside them: the speed of one large matrix product, and of a copy in memory. A
-row's share of the first counts the products that its work needs (see `operations`), each prompt once, whatever a
-contestant computes beyond that; generation's share of the second, reading all weights once a token.
+Two limits of the machine are measured before and after a row, the better one counts: the speed of one large matrix
+product, and of a copy in memory. A row's share of the first counts the products that its work needs (see `operations`),
+each prompt once, whatever a contestant computes beyond that; generation's share of the second, reading all weights once
+a token. vLLM compiles its model (it needs a C++ compiler), uses all cores, and leaves its tokens undecoded as the others do.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import random
-import resource
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-TOKENS, G, MICRO, BETA, RANK, ALPHA, LEARNING_RATE = 128, 8, 16, 0.04, 16, 32, 1e-6
+TOKENS, G, BETA, RANK, ALPHA, LEARNING_RATE = 128, 8, 0.04, 16, 32, 1e-6
 REPEATS = 3
 
 # row → what is measured, completions, full training or LoRA, contestants
@@ -59,6 +63,11 @@ def load_model():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, precision()))
 
 
+def micro_batch(count: int) -> int:
+    """Completions at once in training: in float32, 16 of 64 take TRL more memory than the 24 GB of a small machine."""
+    return 16 if count == 16 else 8
+
+
 def reward(completions, **_) -> list[float]:
     """Numbers that differ within a group, so that every completion is trained on."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -80,19 +89,15 @@ def prompt_ids(count: int) -> list[list[int]]:
     return [row["prompt_ids"] for row in rows for _ in range(G)]
 
 
-# Contestants. Each is a generator: what comes before a `yield` is one turn's work. --------------------------------
+# Contestants. What each does between two calls of `turn` is one turn's work. --------------------------------------
 
 
-def our_step(count: int, kind: str):
-    """train.py itself, which stops for a turn whenever it has logged a step."""
-    import threading
-
+def our_step(count: int, kind: str, turn: Callable[[], None]) -> None:
+    """train.py itself, which waits for its turn whenever it has logged a step."""
     import dist
     import rewards
     import train
 
-    rewards.orms["bench"] = reward
-    turn, done = threading.Semaphore(0), threading.Semaphore(0)
     make, log = train.make_sampler, train.Log.step
 
     def without_ends(*args):
@@ -100,24 +105,21 @@ def our_step(count: int, kind: str):
         sampler.eos = sampler.eos[:0]
         return sampler
 
-    def wait(*args):
+    def step(*args):
         log(*args)
-        done.release()
-        turn.acquire()
+        turn()
 
-    train.make_sampler, train.Log.step = without_ends, wait
+    rewards.orms["bench"], train.make_sampler, train.Log.step = reward, without_ends, step
     flags = [
         "--dataset", "arithmetic", "--reward_funcs", "bench", "--output_dir", tempfile.mkdtemp(), "--train_type", kind,
-        "--lora_rank", RANK, "--lora_alpha", ALPHA, "--learning_rate", LEARNING_RATE, "--beta", BETA,
-        "--num_generations", G, "--per_device_train_batch_size", MICRO, "--gradient_accumulation_steps", count // MICRO,
-        "--max_completion_length", TOKENS, "--temperature", "1.0", "--max_steps", 1000, "--torch_dtype", precision(),
+        "--lora_rank", RANK, "--lora_alpha", ALPHA, "--learning_rate", LEARNING_RATE, "--beta", BETA, "--num_generations",
+        G, "--per_device_train_batch_size", micro_batch(count), "--gradient_accumulation_steps",
+        count // micro_batch(count), "--max_completion_length", TOKENS, "--temperature", "1.0", "--max_steps", 1000,
+        "--torch_dtype", precision(),
     ]  # fmt: skip
-    args = train.parse_args([str(flag) for flag in flags])
-    threading.Thread(target=train.train, args=(args, dist.find_world()), daemon=True).start()
-    while True:
-        done.acquire()
-        yield
-        turn.release()
+    world = dist.find_world()
+    dist.start(world)
+    train.train(train.parse_args([str(flag) for flag in flags]), world)
 
 
 def trl_trainer(count: int, kind: str, callbacks=()):
@@ -132,8 +134,8 @@ def trl_trainer(count: int, kind: str, callbacks=()):
         learning_rate=LEARNING_RATE,
         temperature=1.0,
         num_generations=G,
-        per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=count // MICRO,
+        per_device_train_batch_size=micro_batch(count),
+        gradient_accumulation_steps=count // micro_batch(count),
         max_completion_length=TOKENS,
         generation_kwargs={"min_new_tokens": TOKENS},
         max_steps=1000,
@@ -156,25 +158,15 @@ def trl_trainer(count: int, kind: str, callbacks=()):
     )
 
 
-def trl_step(count: int, kind: str):
-    """TRL's trainer, which stops for a turn at every step's end."""
-    import threading
-
+def trl_step(count: int, kind: str, turn: Callable[[], None]) -> None:
+    """TRL's trainer, which waits for its turn at every step's end."""
     from transformers import TrainerCallback
-
-    turn, done = threading.Semaphore(0), threading.Semaphore(0)
 
     class Turns(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            done.release()
-            turn.acquire()
+            turn()
 
-    trainer = trl_trainer(count, kind, [Turns()])
-    threading.Thread(target=trainer.train, daemon=True).start()
-    while True:
-        done.acquire()
-        yield
-        turn.release()
+    trl_trainer(count, kind, [Turns()]).train()
 
 
 def a_batch(count: int):
@@ -191,12 +183,12 @@ def a_batch(count: int):
     )
 
 
-def our_pass(count: int, kind: str):
+def our_pass(count: int, kind: str, turn: Callable[[], None]) -> None:
     import dist
     import grpo
 
     dist.start(dist.find_world())
-    model = load_model().train()
+    model, _reference = load_model().train(), load_model()  # TRL's trainer holds a reference, too
     grpo.prepare(model)
     ids, completions, advantages, ref = a_batch(count)
     settings = {"epsilon": 0.2, "beta": BETA, "num_completions": count}
@@ -205,10 +197,10 @@ def our_pass(count: int, kind: str):
         logps, _, mask = grpo.completion_logps(model, ids, completions, 1.0)
         loss, _ = grpo.grpo_loss(logps, logps.detach(), logps.detach() + 0.1 * ref, advantages, mask, **settings)
         loss.backward()
-        yield
+        turn()
 
 
-def trl_pass(count: int, kind: str):
+def trl_pass(count: int, kind: str, turn: Callable[[], None]) -> None:
     import torch
 
     trainer = trl_trainer(count, kind)
@@ -227,10 +219,10 @@ def trl_pass(count: int, kind: str):
     while True:
         model.zero_grad()
         trainer._compute_loss(model, dict(inputs)).backward()
-        yield
+        turn()
 
 
-def our_generate(count: int, kind: str):
+def our_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
     import dist
     import grpo
     from sampler import ModelSampler
@@ -241,10 +233,10 @@ def our_generate(count: int, kind: str):
     sampler, ids = ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS), prompt_ids(count)
     while True:
         assert all(len(c.ids) == TOKENS for c in sampler.generate(ids, range(count)))
-        yield
+        turn()
 
 
-def transformers_generate(count: int, kind: str):
+def transformers_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
     import torch
 
     model, ids = load_model(), prompt_ids(count)
@@ -258,25 +250,25 @@ def transformers_generate(count: int, kind: str):
                 min_new_tokens=TOKENS, max_new_tokens=TOKENS, pad_token_id=0,
             )  # fmt: skip
         assert out.shape[1] == width + TOKENS
-        yield
+        turn()
 
 
-def vllm_generate(count: int, kind: str):
+def vllm_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=str(MODEL), dtype=precision(), max_model_len=512, enforce_eager=True, kv_cache_memory_bytes=2 << 30,
+        model=str(MODEL), dtype=precision(), max_model_len=512, kv_cache_memory_bytes=2 << 30,
         generation_config="vllm", enable_chunked_prefill=False,
     )  # fmt: skip
     ids = prompt_ids(count)[::G]
     settings = [
-        SamplingParams(n=G, temperature=1.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, seed=i)
+        SamplingParams(n=G, temperature=1.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, seed=i, detokenize=False)
         for i in range(len(ids))
     ]
     while True:
         outs = llm.generate([{"prompt_token_ids": row} for row in ids], settings, use_tqdm=False)
         assert sum(len(c.token_ids) for out in outs for c in out.outputs) == count * TOKENS
-        yield
+        turn()
 
 
 CONTESTANTS = {
@@ -294,15 +286,31 @@ CONTESTANTS = {
 
 
 def contestant(what: str, who: str, count: str, kind: str) -> None:
-    """The process of one contestant: a line on stdin is a turn, a line on the real stdout its seconds and peak MB."""
+    """The process of one contestant: a line on stdin is a turn, a line on the real stdout its seconds."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
-    turns = CONTESTANTS[what, who](int(count), kind)
-    for _ in sys.stdin:
+    started = None
+
+    def turn() -> None:
+        nonlocal started
+        if started:
+            print(time.perf_counter() - started, file=answers, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
         started = time.perf_counter()
-        next(turns)
-        seconds = time.perf_counter() - started
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=answers, flush=True)
+
+    turn()
+    CONTESTANTS[what, who](int(count), kind, turn)
+
+
+def peak_MB(session: int) -> float:
+    """The peak resident memory of every process of a session, summed."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(int(status.parent.name)) == session:
+                total += int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return total / 1024
 
 
 def end(processes: dict[str, subprocess.Popen]) -> None:
@@ -314,7 +322,13 @@ def end(processes: dict[str, subprocess.Popen]) -> None:
 def measure(row: str) -> dict:
     what, count, kind, names = ROWS[row]
     names = [n for n in names if n != "vllm" or importlib.util.find_spec("vllm")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it keeps a core free, of two
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     log = Path(tempfile.gettempdir()) / "bench-step.log"
     processes = {}
     for name in names:
@@ -322,7 +336,7 @@ def measure(row: str) -> dict:
         with log.open("a") as file:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
             processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
-    results = {name: [] for name in names}
+    results, peaks, before = {name: [] for name in names}, {}, limits()
     for _ in range(1 + REPEATS):
         for name, process in processes.items():
             process.stdin.write("\n")
@@ -331,18 +345,22 @@ def measure(row: str) -> dict:
             if not answer:
                 end(processes)
                 sys.exit(f"bench/step.py: {name} ended; {log} tells why")
-            results[name].append(tuple(map(float, answer.split())))
+            results[name].append(float(answer))
+            peaks[name] = peak_MB(process.pid)
     end(processes)
-    tokens, needed, machine = count * TOKENS, operations(what, count, kind), limits()
+    machine = {limit: max(value, before[limit]) for limit, value in limits().items()}
+    tokens, needed = count * TOKENS, operations(what, count, kind)
     table = {}
     for name, turns in results.items():
-        seconds = statistics.median(seconds for seconds, _ in turns[1:])
-        times = [theirs / ours for (theirs, _), (ours, _) in zip(turns[1:], results["ours"][1:])]
+        seconds = statistics.median(turns[1:])
+        times = [theirs / ours for theirs, ours in zip(turns[1:], results["ours"][1:])]
         table[name] = {
             "seconds": seconds,
+            "completions_per_s": count / seconds,
             "tokens_per_s": tokens / seconds,
             "times_ours": statistics.median(times),
-            "peak_MB": turns[-1][1],
+            "peak_MB": peaks[name],
+            "memory_of_ours": peaks[name] / peaks["ours"],
             "of_matmul_peak": needed / seconds / machine["matmul_GFLOP_per_s"] / 1e9,
         }
         if what == "generate":
@@ -390,28 +408,35 @@ def limits() -> dict[str, float]:
     }
 
 
+def cpu() -> str:
+    """The processor's name, and which vector instructions it has."""
+    text = Path("/proc/cpuinfo").read_text()
+    name, flags = (re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "flags"))
+    vectors = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(flags[1].split() if flags else ())
+    return " ".join([name[1] if name else platform.machine(), *sorted(vectors)])
+
+
 def main(rows: list[str]) -> None:
     import torch
 
-    results = [measure(row) for row in ROWS if not rows or row in rows]
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    print(
-        f"{precision():38}{'':14}{'seconds':>9}{'tokens/s':>10}{'× ours':>8}{'peak MB':>9}{'of matmul':>11}{'of memory':>11}"
-    )
-    for result in results:
-        for i, (name, r) in enumerate(result["contestants"].items()):
-            label = result["row"] if i == 0 else ""
-            print(
-                f"{label:38}{name:14}{r['seconds']:9.2f}{r['tokens_per_s']:10.0f}{r['times_ours']:8.2f}{r['peak_MB']:9.0f}"
-                f"{r['of_matmul_peak']:11.0%}"
-                + (f"{r['of_memory_bandwidth']:11.0%}" if "of_memory_bandwidth" in r else "")
-            )
+    if unknown := set(rows) - set(ROWS):
+        sys.exit(f"bench/step.py: {unknown.pop()}: there is no such row; there are: {'; '.join(ROWS)}")
+    columns = [("seconds", 9), ("tokens/s", 10), ("× ours", 8), ("peak MB", 9), ("× ours", 8), ("of matmul", 11)]
+    print(f"{precision():38}{'':14}" + "".join(f"{name:>{width}}" for name, width in [*columns, ("of memory", 11)]))
     file = Path(__file__).with_suffix(".json")
-    known = json.loads(file.read_text()) if file.exists() else []
-    for result in results:
-        result["machine"] |= machine
-    measured = {(result["row"], result["torch_dtype"]): result for result in [*known, *results]}
-    file.write_text(json.dumps(list(measured.values()), indent=2) + "\n")
+    for row in rows or ROWS:
+        result = measure(row)
+        result["machine"] |= {"cpu": cpu(), "cores": os.cpu_count(), "torch": torch.__version__}
+        for i, (name, r) in enumerate(result["contestants"].items()):
+            print(
+                f"{row if i == 0 else '':38}{name:14}{r['seconds']:9.2f}{r['tokens_per_s']:10.0f}{r['times_ours']:8.2f}"
+                f"{r['peak_MB']:9.0f}{r['memory_of_ours']:8.2f}{r['of_matmul_peak']:11.0%}"
+                + (f"{r['of_memory_bandwidth']:11.0%}" if "of_memory_bandwidth" in r else ""),
+                flush=True,
+            )
+        known = json.loads(file.read_text()) if file.exists() else []
+        measured = {(r["row"], r["torch_dtype"]): r for r in [*known, result]}
+        file.write_text(json.dumps(list(measured.values()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

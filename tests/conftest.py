@@ -26,6 +26,13 @@ ARCHITECTURES = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 4}),
     "granite": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 3.0}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.3}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),  # some layers know no positions
+    "deepseek3": (  # keys wider than values
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 8, "first_k_dense_replace": 3},
+    ),
 }
 
 

@@ -215,7 +215,7 @@ def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
         model = tiny_model(architecture, dtype=torch.float64).train()
         if packed:
             grpo.prepare(model)
-            assert model.config._attn_implementation == "grouped"
+            assert model.config._attn_implementation == ("sdpa" if architecture == "deepseek3" else "grouped")
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with pytest.MonkeyPatch.context() as patch:
@@ -228,11 +228,11 @@ def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)  # norms are in float32 whatever the model
 
 
-def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_model):
-    """Both differ from float32 by as much."""
+def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_model, monkeypatch):
+    """Both differ from float32 by as much; the head is applied in a hundred chunks."""
     from transformers import AutoModelForCausalLM
 
-    prompts, completions, _ = make_batch()
+    prompts, completions, _ = make_batch(longest=60)
     prompts, completions = ([[i + 1000 for i in row] for row in rows] for rows in (prompts, completions))
     gradients = {}
     for name, dtype in (("exact", torch.float32), ("plain", torch.bfloat16), ("packed", torch.bfloat16)):
@@ -240,12 +240,16 @@ def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_
         if name == "packed":
             grpo.prepare(model)
             assert model.config._attn_implementation == "grouped"
+            monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 4 * model.config.vocab_size)
         logps, _, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
         (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
-        gradients[name] = torch.cat([p.grad.float().flatten() for p in model.parameters()])
-    exact = gradients["exact"]
-    plain, packed = ((gradients[name] - exact).norm() / exact.norm() for name in ("plain", "packed"))
-    assert packed < 1.3 * plain < 0.3
+        gradients[name] = {
+            "all": torch.cat([p.grad.float().flatten() for p in model.parameters()]),
+            "head": model.lm_head.weight.grad.float(),
+        }
+    for part, exact in gradients["exact"].items():
+        plain, packed = ((gradients[name][part] - exact).norm() / exact.norm() for name in ("plain", "packed"))
+        assert packed < 1.3 * plain < 0.3, part
 
 
 def test_a_model_that_drops_attention_out_takes_the_plain_pass():

@@ -122,6 +122,20 @@ def test_equal_prompts_are_prefilled_once_and_ended_rows_leave_the_batch(monkeyp
     assert len(rows) > 5 and rows[-1] < 12
 
 
+@pytest.mark.parametrize("rows, waves", [(5, [5, 5, 2]), (12, [12]), (0, [1] * 12)])
+def test_what_memory_has_no_room_for_is_decoded_later_and_comes_out_the_same(monkeypatch, rows, waves):
+    model, prompts, batches = tiny_model(), prompts_of(), []
+    sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12)
+    together = sampler.generate(prompts, range(12))
+    row = 2 * 4 * 3 * 2 * 8 * (max(map(len, prompts)) + 12) + 40 * 97  # float32, 3 layers, 2 key heads of 8
+    monkeypatch.setattr("sampler.free_memory", lambda device: 2 * rows * row)
+    generate = sampler._generate
+    monkeypatch.setattr(sampler, "_generate", lambda ids, seeds: batches.append(len(ids)) or generate(ids, seeds))
+    assert [c.ids for c in sampler.generate(prompts, range(12))] == [c.ids for c in together]
+    assert batches == waves
+    assert sampler.generate([], []) == []
+
+
 @pytest.mark.parametrize("architecture", ["llama", "llama-mha", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_quick_decoder_equals_the_general_one(architecture, dtype):
@@ -148,7 +162,7 @@ def test_the_quick_decoder_equals_the_general_one(architecture, dtype):
                     decoder.keep(torch.tensor([0, 2, 4]))
 
 
-@pytest.mark.parametrize("architecture", ["gemma", "gemma3", "mistral", "granite", "cohere"])
+@pytest.mark.parametrize("architecture", ["gemma", "gemma3", "mistral", "granite", "cohere", "smollm3", "deepseek3"])
 def test_models_of_another_shape_take_the_general_decoder(architecture):
     model = tiny_model(architecture)
     grpo.prepare(model)
