@@ -79,7 +79,8 @@ def measure(dtype: str) -> dict:
 
 if __name__ == "__main__":
     if importlib.util.find_spec("vllm") is None:
-        sys.exit("bench/sync.py: vLLM is not installed; make vllm installs it")
+        print("bench/sync.py: vLLM is not installed, so there is nothing to measure; make vllm installs it")
+        sys.exit()
     results = [measure(dtype) for dtype in ("float32", "bfloat16")]
     print(f"{'':10}{'MB':>8}{'copy s':>10}{'group s':>10}{'sync s':>10}{'sync / copy':>14}{'sync / group':>14}")
     for r in results:

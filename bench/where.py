@@ -1,8 +1,9 @@
 """Where the time of a step goes: generation and the training pass, part by part.
 
-    python bench/where.py              prints a table, writes bench/where.json and docs/where.png
+    python bench/where.py              prints a table, writes it into bench/where.json, and docs/where-bfloat16.png
 
-The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), completions of exactly TOKENS tokens, all cores. Parts are wall-clock times around the
+The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it: the picture is then named for that),
+completions of exactly TOKENS tokens, all cores. Parts are wall-clock times around the
 functions that do the work, medians of REPEATS turns after one that does not count. `floor` is what the matrix products
 of the same step would take at the speed of one large product, measured in the same run; for products that read all
 weights for a few rows, as in generation, it is out of reach, and reading the weights once a token is the other floor.
@@ -108,8 +109,9 @@ def main() -> None:
             for part, seconds in sorted(turn.items(), key=lambda item: -item[1]):
                 if part != "floor":
                     print(f"    {part:28}{seconds:8.2f} s {seconds / total:6.0%}")
-    machine["torch_dtype"] = precision()
-    (HERE / "where.json").write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    file = HERE / "where.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | {precision(): {"machine": machine, "results": results}}, indent=2) + "\n")
     draw(results)
 
 
@@ -134,7 +136,7 @@ def draw(results: dict) -> None:
     axes.set(xlim=(0, 1), xlabel="share of the time; black: what its matrix products alone would take")
     axes.legend(ncol=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1.0))
     figure.tight_layout()
-    figure.savefig(HERE.parent / "docs" / "where.png", dpi=120)
+    figure.savefig(HERE.parent / "docs" / f"where-{precision()}.png", dpi=120)
 
 
 if __name__ == "__main__":
