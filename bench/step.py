@@ -366,7 +366,7 @@ def measure(row: str) -> dict:
         if what == "generate":
             bytes_read = TOKENS * sum(p.nbytes for p in load_model().parameters())
             table[name]["of_memory_bandwidth"] = bytes_read / seconds / machine["memory_GB_per_s"] / 1e9
-    return {"row": row, "torch_dtype": precision(), "machine": machine, "contestants": table}
+    return {"row": row, "torch_dtype": precision(), "turns": REPEATS, "machine": machine, "contestants": table}
 
 
 def operations(what: str, count: int, kind: str) -> float:
