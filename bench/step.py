@@ -286,7 +286,7 @@ CONTESTANTS = {
 
 
 def contestant(what: str, who: str, count: str, kind: str) -> None:
-    """The process of one contestant: a line on stdin is a turn, a line on the real stdout its seconds."""
+    """The process of one contestant: a line on stdin is a turn, a line on the real stdout its seconds and peak MB."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
     started = None
@@ -294,7 +294,7 @@ def contestant(what: str, who: str, count: str, kind: str) -> None:
     def turn() -> None:
         nonlocal started
         if started:
-            print(time.perf_counter() - started, file=answers, flush=True)
+            print(time.perf_counter() - started, peak_MB(os.getsid(0)), file=answers, flush=True)
         if not sys.stdin.readline():
             os._exit(0)
         started = time.perf_counter()
@@ -345,8 +345,8 @@ def measure(row: str) -> dict:
             if not answer:
                 end(processes)
                 sys.exit(f"bench/step.py: {name} ended; {log} tells why")
-            results[name].append(float(answer))
-            peaks[name] = peak_MB(process.pid)
+            seconds, peaks[name] = map(float, answer.split())
+            results[name].append(seconds)
     end(processes)
     machine = {limit: max(value, before[limit]) for limit, value in limits().items()}
     tokens, needed = count * TOKENS, operations(what, count, kind)
