@@ -365,3 +365,17 @@ def test_clip_ratio_counts_the_tokens_whose_gradient_the_clip_takes_away():
     loss, metrics = grpo.grpo_loss(logps, torch.zeros(2, 4), None, advantages, torch.ones(2, 4), **settings)
     loss.backward()
     assert metrics["clip_ratio"].item() == (logps.grad == 0).float().mean().item() == 0.5
+
+
+def test_a_head_that_is_trained_gets_the_gradient_of_one_product_however_many_chunks_it_is(monkeypatch):
+    """In bfloat16, as far from the exact one as the plain product's: a sum in bfloat16 loses what late chunks add."""
+    hidden = torch.randn(2000, 32).bfloat16()
+    targets = torch.randint(0, 97, (2000,))
+    gradients = []
+    for dtype, size in ((torch.float64, 10**9), (torch.bfloat16, 10**9), (torch.bfloat16, 97)):
+        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", size)
+        model = tiny_model(dtype=torch.bfloat16).to(dtype)
+        grpo.logps_from_hidden_states(model, hidden.to(dtype), targets, 1.0)[0].sum().backward()
+        gradients.append(model.lm_head.weight.grad.double())
+    exact, whole, chunks = gradients
+    assert (chunks - exact).norm() < 1.5 * (whole - exact).norm() < 0.02 * exact.norm()
