@@ -1,8 +1,8 @@
 """Sampling completions from the policy: the own sampler, on any transformers model, and vLLM.
 
-The own sampler. One call decodes all completions of a rank at once, or as many as memory has room for. Every prompt is prefilled once, what all prompts
-begin with is kept once for all rows, the rest is copied to the rows of its G completions; each step feeds one token a
-row; rows whose completion has ended leave the batch.
+The own sampler. One call decodes all completions of a rank at once, or as many as memory has room for. Every prompt is
+prefilled once, what all prompts begin with is kept once for all rows, the rest is copied to the rows of its G
+completions; each step feeds one token a row; rows whose completion has ended leave the batch.
 
     prompts   [ beginning | p1 | p2 ]   prefilled once each
     rows      p1 p1 p1 p2 …             one a completion, its own random numbers each

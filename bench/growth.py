@@ -5,7 +5,7 @@
 The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), full training, one prompt and its G
 completions of exactly T tokens; a vocabulary of 152 k is its own head and embedding with random rows behind them. Every
 figure is a process of its own: seconds of generation are of one call, of the training pass the median of three (of one
-from AT_ONCE tokens on), each after one that does not count; generation warms up with a few tokens alone. Memory is what
+from MANY tokens on), each after one that does not count; generation warms up with a few tokens alone. Memory is what
 the process's peak lies above its size with the model loaded and all that this freed given back. The head's memory is that
 of `grpo.logps_from_hidden_states` alone, forward and backward, with a head that is frozen: one that is trained has its
 gradient besides, whatever the number of tokens.
@@ -25,7 +25,7 @@ BASE = {"G": 4, "T": 128, "vocabulary": 49_152}
 ROWS = [BASE | {"T": T} for T in (128, 256, 512, 1024, 2048)]
 ROWS += [BASE | {"G": G} for G in (8, 16, 32, 64)]
 ROWS += [BASE | {"vocabulary": 151_936, "T": T} for T in (128, 1024)]
-AT_ONCE = 2_048
+MANY = 2_048  # tokens whose pass is timed once: it takes long enough
 
 
 def peak_MB() -> float:
@@ -81,7 +81,7 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
         (logps * mask).sum().backward()
 
     train()
-    return {"pass_s": seconds(train, 3 if G * T < AT_ONCE else 1), "pass_MB": peak_MB() - before}
+    return {"pass_s": seconds(train, 3 if G * T < MANY else 1), "pass_MB": peak_MB() - before}
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """The sharded AdamW in real processes against torch.optim.AdamW in one."""
 
+import os
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -177,3 +179,11 @@ def test_one_process_needs_no_process_group():
     dist.start(world)
     assert (world.rank, world.size, world.is_main) == (0, 1, True) and not torch.distributed.is_initialized()
     assert world.sum({"a": 1.5}) == {"a": 1.5} and world.gather([1, 2]) == [1, 2]
+
+
+def test_processes_of_a_machine_share_its_free_memory(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = dist.free_memory(torch.device("cpu"))
+    assert 0 < alone < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert dist.free_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
