@@ -18,7 +18,8 @@ two-sided ε, a mean over all tokens): both are plain functions of small tensors
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -133,13 +134,15 @@ def completion_hidden_states(
     decoder, device = model.get_decoder(), next(model.parameters()).device
     if model.config._attn_implementation == "grouped":
         pack = Pack(prompt_ids, completion_ids, model.config.get_text_config(), device)
-        return pack.run(decoder).index_select(0, pack.predicting)
+        with remaking():
+            return pack.run(decoder).index_select(0, pack.predicting)
 
     prompts, prompt_mask = pad(prompt_ids, "left", device)
     completions, completion_mask = pad(completion_ids, "right", device)
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
     ids = torch.cat([prompts, completions], dim=1)
-    out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    with remaking():
+        out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     return out.last_hidden_state[:, prompts.shape[1] - 1 : -1][completion_mask.bool()]
 
 
@@ -474,8 +477,54 @@ AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
+class Remade:
+    """Tensors that are cheap to make again and that autograd need not keep: what norms and gates give.
+
+    A product keeps its input for the gradient of its weights. Where that is the output of a `remade` function, and the
+    product runs within `remaking()`, the function's own inputs are kept instead, which are there anyway, and its output
+    is made again, once for all products that read it, when the backward pass needs it. Of a layer a third less is
+    kept (selective recomputation: Korthikanti et al., arXiv 2205.05198).
+    """
+
+    known: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by where their memory begins
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple):
+        self.function, self.inputs, self.readers, self.tensor = function, inputs, 0, None
+
+    def make(self) -> Tensor:
+        tensor = self.function(*self.inputs) if self.tensor is None else self.tensor
+        self.readers -= 1
+        self.tensor = tensor if self.readers > 0 else None
+        return tensor
+
+    @staticmethod
+    def pack(tensor: Tensor) -> "Tensor | tuple[Remade, torch.Size]":
+        out = Remade.known.get(tensor.data_ptr())
+        if out is None or out.numel() != tensor.numel() or not tensor.is_contiguous():
+            return tensor
+        out.remade.readers += 1
+        return out.remade, tensor.shape
+
+    @staticmethod
+    def unpack(packed: "Tensor | tuple[Remade, torch.Size]") -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[0].make().view(packed[1])
+
+
+def remaking() -> torch.autograd.graph.saved_tensors_hooks:
+    return torch.autograd.graph.saved_tensors_hooks(Remade.pack, Remade.unpack)
+
+
+def remade(function: Callable[..., Tensor], *inputs) -> Tensor:
+    """function(*inputs), which autograd may make again."""
+    out = function(*inputs)
+    if torch.is_grad_enabled():
+        out.remade = Remade(function, inputs)
+        Remade.known[out.data_ptr()] = out
+    return out
+
+
 def lean_norm(module: torch.nn.Module, x: Tensor) -> Tensor:
-    return RMSNorm.apply(x, module.weight, module.variance_epsilon)
+    return remade(RMSNorm.apply, x, module.weight, module.variance_epsilon)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -510,7 +559,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def lean_mlp(module: torch.nn.Module, x: Tensor) -> Tensor:
-    return module.down_proj(SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
+    return module.down_proj(remade(SwiGLU.apply, module.gate_proj(x), module.up_proj(x)))
 
 
 class SwiGLU(torch.autograd.Function):

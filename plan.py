@@ -140,13 +140,12 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         # One bucket fills, one is sent; where it is shared out, its parts of the other ranks arrive in a third.
         buckets = "3*t*K" if sharded else "2*t*K"
         add("gradients in flight", buckets if lora_run else f"max({buckets}, {head})", "backward")
-    # Of a layer: two norms (their input and output), the queries, keys and values, what o_proj reads, and three of the
-    # inner size. Of the last norm no output.
-    layer = "w*(4*H + 2*q + 2*k + 3*I)"
-    if args.gradient_checkpointing:
-        add("activations", f"n*(L*w*H + {layer} + 2*w*I)", "backward")  # each layer's input; one layer at work
+    # Of a layer: what its two norms read, the queries, keys and values, what o_proj reads, and two of the inner size.
+    # Of the last norm what it reads.
+    if args.gradient_checkpointing:  # each layer's input; one layer at work, which keeps what norms and the gate give, too
+        add("activations", "n*(L*w*H + w*(4*H + 2*q + 2*k + 5*I))", "backward")
     else:
-        add("activations", f"n*(L*{layer} + w*H)", "backward")
+        add("activations", "n*(L*w*(2*H + 2*q + 2*k + 2*I) + w*H)", "backward")
     add("attention", "5*w*S + w*b*C*(o + C/2)", "backward")  # scores at work; masks of all blocks
     add("logits", "(8 + 2*w)*R", "backward")
     if s["B"]:

@@ -40,8 +40,8 @@ def guide(script: str) -> list[str]:
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_type, dtype, tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "num_hidden_layers": 4}
+def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_type, dtype, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 4}
     model = tiny_model(architecture, dtype=getattr(torch, dtype), **sizes)
     model.config.save_pretrained(tmp_path)
     flags = [
@@ -63,16 +63,18 @@ def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_
         lora.inject(model, 1, 8)
     if checkpointing == "true":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own, kept, pack = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, grpo.Remade.pack
+    monkeypatch.setattr(grpo.Remade, "pack", staticmethod(lambda tensor: keep(tensor)))
 
     def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
-        return tensor
+        packed = pack(tensor)
+        for kept_tensor in packed[0].inputs if isinstance(packed, tuple) else [packed]:
+            if isinstance(kept_tensor, torch.Tensor) and kept_tensor.untyped_storage().data_ptr() not in own:
+                kept[kept_tensor.untyped_storage().data_ptr()] = kept_tensor  # held, so that no other takes its place
+        return packed
 
     prompts, completions = [list(range(10, 20))] * 8, [[(7 * i + j) % 90 + 3 for j in range(200)] for i in range(8)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        grpo.completion_hidden_states(model.train(), prompts, completions)
+    grpo.completion_hidden_states(model.train(), prompts, completions)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     expected = found["activations", "backward"]
     if checkpointing == "true":  # no layer is recomputed yet: their inputs, and what the last norm keeps
