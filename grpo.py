@@ -478,36 +478,46 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 class Remade:
-    """Tensors that are cheap to make again and that autograd need not keep: what norms and gates give.
+    """How to make a tensor again of others: what autograd keeps, within `remaking()`, in the place of the tensor.
 
-    A product keeps its input for the gradient of its weights. Where that is the output of a `remade` function, and the
-    product runs within `remaking()`, the function's own inputs are kept instead, which are there anyway, and its output
-    is made again, once for all products that read it, when the backward pass needs it. Of a layer a third less is
-    kept (selective recomputation: Korthikanti et al., arXiv 2205.05198).
+    A product keeps its input for the gradient of its weights. Where that is what a norm or a gate gave, it is cheap to
+    make again of what these read, which is kept anyway: a third less of a layer. It is made when the backward pass
+    needs it, once for all products that read it (selective recomputation: Korthikanti et al., arXiv 2205.05198).
     """
 
-    known: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by where their memory begins
+    known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # memory_of what `remade` gave → that, while it lives
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple):
+    def __init__(self, function: Callable[..., Tensor], *inputs):
         self.function, self.inputs, self.readers, self.tensor = function, inputs, 0, None
+        self.versions = self.versions_now()
+
+    def versions_now(self) -> list[int]:
+        return [x._version for x in self.inputs if isinstance(x, Tensor)]
 
     def make(self) -> Tensor:
+        if self.versions_now() != self.versions:  # autograd's own check, which its hooks turn off
+            raise RuntimeError("a tensor that the backward pass needs was changed in place")
         tensor = self.function(*self.inputs) if self.tensor is None else self.tensor
         self.readers -= 1
         self.tensor = tensor if self.readers > 0 else None
         return tensor
 
     @staticmethod
-    def pack(tensor: Tensor) -> "Tensor | tuple[Remade, torch.Size]":
-        out = Remade.known.get(tensor.data_ptr())
-        if out is None or out.numel() != tensor.numel() or not tensor.is_contiguous():
-            return tensor
-        out.remade.readers += 1
-        return out.remade, tensor.shape
+    def pack(tensor: Tensor) -> "tuple[Remade, torch.Size]":
+        out = Remade.known.get(memory_of(tensor)) if tensor.is_contiguous() else None
+        kept = Remade(lambda x: x, tensor) if out is None else out.remade
+        kept.readers += 1
+        return kept, tensor.shape
 
     @staticmethod
-    def unpack(packed: "Tensor | tuple[Remade, torch.Size]") -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0].make().view(packed[1])
+    def unpack(packed: "tuple[Remade, torch.Size]") -> Tensor:
+        kept, shape = packed
+        return kept.make().view(shape)
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int, int]:
+    """The same for a contiguous tensor and all views of the whole of it, until it is changed in place."""
+    return tensor.data_ptr(), tensor.numel(), tensor._version
 
 
 def remaking() -> torch.autograd.graph.saved_tensors_hooks:
@@ -515,11 +525,11 @@ def remaking() -> torch.autograd.graph.saved_tensors_hooks:
 
 
 def remade(function: Callable[..., Tensor], *inputs) -> Tensor:
-    """function(*inputs), which autograd may make again."""
+    """function(*inputs), of which autograd keeps the inputs alone within `remaking()`."""
     out = function(*inputs)
     if torch.is_grad_enabled():
-        out.remade = Remade(function, inputs)
-        Remade.known[out.data_ptr()] = out
+        out.remade = Remade(function, *inputs)
+        Remade.known[memory_of(out)] = out
     return out
 
 

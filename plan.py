@@ -142,7 +142,7 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("gradients in flight", buckets if lora_run else f"max({buckets}, {head})", "backward")
     # Of a layer: what its two norms read, the queries, keys and values, what o_proj reads, and two of the inner size.
     # Of the last norm what it reads.
-    if args.gradient_checkpointing:  # each layer's input; one layer at work, which keeps what norms and the gate give, too
+    if args.gradient_checkpointing:  # each layer's input; one at work, which keeps what norms and gate give, too
         add("activations", "n*(L*w*H + w*(4*H + 2*q + 2*k + 5*I))", "backward")
     else:
         add("activations", "n*(L*w*(2*H + 2*q + 2*k + 2*I) + w*H)", "backward")

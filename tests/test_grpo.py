@@ -281,6 +281,40 @@ def test_norms_and_gates_are_replaced_where_they_are_the_models_own():
     assert replaced(model) == ["mlp"]
 
 
+def test_what_is_made_again_is_made_once_for_all_readers_and_has_the_same_gradients():
+    x, *weights = (torch.randn(4, 6, 6, dtype=torch.float64).requires_grad_() for _ in range(4))
+    made, gradients = [], []
+
+    def square(x):
+        made.append(x)
+        return x * x
+
+    for again in (False, True):
+        with grpo.remaking():
+            y = grpo.remade(square, x) if again else square(x)
+            kept = [y @ weights[0], y.view(24, 6) @ weights[1][0], y.mT @ weights[2]]  # the last is no view as it lies
+        del y
+        made.clear()
+        gradients.append(torch.autograd.grad(sum(part.sum() for part in kept), [x, *weights]))
+    assert len(made) == 1 and not grpo.Remade.known
+    for plain, own in zip(*gradients):
+        torch.testing.assert_close(own, plain)
+
+
+def test_what_is_changed_in_place_is_not_made_again_and_what_it_is_made_of_must_not_change():
+    x, weight = (torch.randn(6, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    with grpo.remaking():
+        y = grpo.remade(torch.mul, x, 2.0)
+        y += 1.0
+        (y @ weight).sum().backward()
+        torch.testing.assert_close(weight.grad, y.detach().sum(0)[:, None].expand(6, 6))
+        inner = x * 1.0
+        out = grpo.remade(torch.mul, inner, 2.0) @ weight
+    inner += 1.0
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
 def test_the_heads_gradients_are_those_of_log_softmax(architecture, trained, monkeypatch):

@@ -68,9 +68,9 @@ def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_
 
     def keep(tensor):
         packed = pack(tensor)
-        for kept_tensor in packed[0].inputs if isinstance(packed, tuple) else [packed]:
-            if isinstance(kept_tensor, torch.Tensor) and kept_tensor.untyped_storage().data_ptr() not in own:
-                kept[kept_tensor.untyped_storage().data_ptr()] = kept_tensor  # held, so that no other takes its place
+        for part in packed[0].inputs:
+            if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() not in own:
+                kept[part.untyped_storage().data_ptr()] = part  # held, so that no other takes its place
         return packed
 
     prompts, completions = [list(range(10, 20))] * 8, [[(7 * i + j) % 90 + 3 for j in range(200)] for i in range(8)]
