@@ -485,7 +485,7 @@ class Remade:
     needs it, once for all products that read it (selective recomputation: Korthikanti et al., arXiv 2205.05198).
     """
 
-    known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # memory_of what `remade` gave → that, while it lives
+    known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # memory_of a tensor → it, while it lives
 
     def __init__(self, function: Callable[..., Tensor], *inputs):
         self.function, self.inputs, self.readers, self.tensor = function, inputs, 0, None
