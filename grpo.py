@@ -482,10 +482,12 @@ class Remade:
 
     A product keeps its input for the gradient of its weights. Where that is what a norm or a gate gave, it is cheap to
     make again of what these read, which is kept anyway: a third less of a layer. It is made when the backward pass
-    needs it, once for all products that read it (selective recomputation: Korthikanti et al., arXiv 2205.05198).
+    needs it, once for all products that read it (selective recomputation: Korthikanti et al., arXiv 2205.05198). What
+    `remade` did not give is kept as it is, in the same wrapper, because autograd's hooks turn off its check for changes.
     """
 
-    known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # memory_of a tensor → it, while it lives
+    # memory_of what `remade` gave → that, while it lives. Hooks see another object, so its memory is all that tells.
+    known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
     def __init__(self, function: Callable[..., Tensor], *inputs):
         self.function, self.inputs, self.readers, self.tensor = function, inputs, 0, None
@@ -495,7 +497,7 @@ class Remade:
         return [x._version for x in self.inputs if isinstance(x, Tensor)]
 
     def make(self) -> Tensor:
-        if self.versions_now() != self.versions:  # autograd's own check, which its hooks turn off
+        if self.versions_now() != self.versions:
             raise RuntimeError("a tensor that the backward pass needs was changed in place")
         tensor = self.function(*self.inputs) if self.tensor is None else self.tensor
         self.readers -= 1
@@ -515,9 +517,9 @@ class Remade:
         return kept.make().view(shape)
 
 
-def memory_of(tensor: Tensor) -> tuple[int, int, int]:
-    """The same for a contiguous tensor and all views of the whole of it, until it is changed in place."""
-    return tensor.data_ptr(), tensor.numel(), tensor._version
+def memory_of(tensor: Tensor) -> tuple:
+    """The same for a contiguous tensor and all contiguous views of the whole of it, until it is changed in place."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor._version
 
 
 def remaking() -> torch.autograd.graph.saved_tensors_hooks:
@@ -527,7 +529,7 @@ def remaking() -> torch.autograd.graph.saved_tensors_hooks:
 def remade(function: Callable[..., Tensor], *inputs) -> Tensor:
     """function(*inputs), of which autograd keeps the inputs alone within `remaking()`."""
     out = function(*inputs)
-    if torch.is_grad_enabled():
+    if out.requires_grad and out.is_contiguous():
         out.remade = Remade(function, *inputs)
         Remade.known[memory_of(out)] = out
     return out

@@ -12,7 +12,7 @@ and the peak is the moment of the largest sum:
     save       rank 0 collects the optimizer's whole state in its host's memory                train.py
 
 A formula is printed as it is computed: `terms` evaluates these very strings. They were read off the code of a decoder
-of Llama's shape (Qwen 2 and 3, Mistral, SmolLM 2): tests/test_plan.py counts what autograd keeps of one, and
+of Llama's shape (Qwen 2 and 3, Mistral, SmolLM 2): tests/test_plan.py counts what autograd keeps of three, and
 bench/memory.py measures whole runs. For other shapes they are an estimate. What a GPU's driver, NCCL and gaps between
 tensors take is not in them.
 """
@@ -63,7 +63,8 @@ def symbols(args: argparse.Namespace, config, ranks: int, longest: int, shared: 
     sizes = [p.numel() for p in model.parameters()]  # tied ones once
     kinds = model._no_split_modules or []  # class names of the parts that ZeRO-3 gathers by themselves
     layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in kinds] or [0]
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = dict(model.named_modules())
+    linears = {name: m for name, m in names.items() if isinstance(m, torch.nn.Linear)}
     trained, is_lora = sizes, args.train_type == "lora"
     if is_lora:
         adapted = [linears[name] for name in lora.find_targets(model, args.target_modules)]
@@ -90,7 +91,9 @@ def symbols(args: argparse.Namespace, config, ranks: int, longest: int, shared: 
         "I": inner, "V": config.vocab_size, "K": max(*trained, min(bucket, sum(trained))), "D": layers[0],
         "E": sum(sizes) - sum(layers), "S": heads * min(max(MAX_SCORES // heads, queries * path), tokens * path),
         "R": min(LOGITS_AT_ONCE, b * length * config.vocab_size), "W": sum(m.weight.numel() for m in linears.values()),
-        "llama": {name.rpartition(".")[2] for name in linears} <= LLAMA | {"lm_head"},
+        "Q": int(any(name.endswith(".q_norm") for name in names)),
+        "llama": {name.rpartition(".")[2] for name in linears} <= LLAMA | {"lm_head"}
+        and getattr(config, "hidden_act", None) == "silu" and any(hasattr(m, "variance_epsilon") for m in names.values()),
     }  # fmt: skip
 
 
@@ -98,9 +101,9 @@ MEANING = {
     "P": "parameters", "T": "trained", "N": "ranks", "w": "bytes a weight", "t": "bytes a trained one",
     "A": "micro-batches a step", "b": "completions in one", "n": "tokens in one", "B": "completions a rank samples at once",
     "c": "tokens of their prompts", "o": "of a prompt's own", "C": "of the longest completion", "L": "layers", "H": "hidden",
-    "q": "queries", "k": "keys", "I": "inner", "V": "vocabulary", "K": "gradients in the largest bucket",
-    "D": "parameters of a layer", "E": "outside of layers", "S": "attention scores at once", "R": "logits at once",
-    "W": "weights of linear layers",
+    "q": "queries", "k": "keys", "Q": "norm of each", "I": "inner", "V": "vocabulary",
+    "K": "gradients in the largest bucket", "D": "parameters of a layer", "E": "outside of layers",
+    "S": "attention scores at once", "R": "logits at once", "W": "weights of linear layers",
 }  # fmt: skip
 
 
@@ -140,13 +143,14 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         # One bucket fills, one is sent; where it is shared out, its parts of the other ranks arrive in a third.
         buckets = "3*t*K" if sharded else "2*t*K"
         add("gradients in flight", buckets if lora_run else f"max({buckets}, {head})", "backward")
-    # Of a layer: what its two norms read, the queries, keys and values, what o_proj reads, and two of the inner size.
-    # Of the last norm what it reads.
+    # Of a layer: what its two norms read (Qwen 3 has two more, Q = 1), the queries, keys and values, what o_proj reads,
+    # and two of the inner size. Of the last norm what it reads.
     if args.gradient_checkpointing:  # each layer's input; one at work, which keeps what norms and gate give, too
-        add("activations", "n*(L*w*H + w*(4*H + 2*q + 2*k + 5*I))", "backward")
+        add("activations", "n*(L*w*H + w*(4*H + (2 + Q)*(q + k) + 5*I))", "backward")
+        add("attention", "5*w*S + w*b*C*(o + C/2)", "backward")  # scores at work; masks of all blocks
     else:
-        add("activations", "n*(L*w*(2*H + 2*q + 2*k + 2*I) + w*H)", "backward")
-    add("attention", "5*w*S + w*b*C*(o + C/2)", "backward")  # scores at work; masks of all blocks
+        add("activations", "n*(L*w*(2*H + (2 + Q)*(q + k) + 2*I) + w*H)", "backward")
+        add("attention or gate", "max(5*w*S, 4*w*n*I) + w*b*C*(o + C/2)", "backward")  # whichever is at work
     add("logits", "(8 + 2*w)*R", "backward")
     if s["B"]:
         add("cache", "2*w*L*k*(B*(o + C) + c)", "generate")  # keys and values of every row, and as they were prefilled
@@ -266,7 +270,7 @@ def show(args: argparse.Namespace, config, world: World) -> int:
         print(f"vLLM's engine, on a GPU of its own that is not counted here: {s['w'] * s['P'] / 1e9:.2f} GB of weights, "
               f"w·P, and {2 * s['w'] * s['L'] * s['k']:,} bytes a token, 2·w·L·k; on the only GPU, both come on top")  # fmt: skip
     if not s["llama"]:
-        print("not of Llama's shape: activations, attention, cache and FLOPs are estimates")
+        print("not of Llama's shape: attention, cache and FLOPs are estimates, and activations up to 2.5 times as much")
     moment, most = max(total.items(), key=lambda item: item[1])
     fits = limit is None or most <= limit * 1e9
     verdict = "" if limit is None else f": {'fits' if fits else 'more than'} --device_memory_gb {limit:g}"

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "granite": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 3.0}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.3}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),  # some layers know no positions
+    "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {}),  # norms of transposed tensors
     "deepseek3": (  # keys wider than values
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",

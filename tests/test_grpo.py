@@ -282,7 +282,7 @@ def test_norms_and_gates_are_replaced_where_they_are_the_models_own():
 
 
 def test_what_is_made_again_is_made_once_for_all_readers_and_has_the_same_gradients():
-    x, *weights = (torch.randn(4, 6, 6, dtype=torch.float64).requires_grad_() for _ in range(4))
+    x, *weights = (torch.randn(6, 6, 6, dtype=torch.float64).requires_grad_() for _ in range(4))
     made, gradients = [], []
 
     def square(x):
@@ -292,8 +292,10 @@ def test_what_is_made_again_is_made_once_for_all_readers_and_has_the_same_gradie
     for again in (False, True):
         with grpo.remaking():
             y = grpo.remade(square, x) if again else square(x)
-            kept = [y @ weights[0], y.view(24, 6) @ weights[1][0], y.mT @ weights[2]]  # the last is no view as it lies
-        del y
+            kept = [y @ weights[0], y.view(36, 6) @ weights[1][0], y.mT @ weights[2]]  # the last is no view as it lies
+            z = (grpo.remade(torch.square, x.mT) if again else x.mT.square()).mT  # nor was this one when it was made
+            kept.append(z * weights[0])
+        del y, z
         made.clear()
         gradients.append(torch.autograd.grad(sum(part.sum() for part in kept), [x, *weights]))
     assert len(made) == 1 and not grpo.Remade.known

@@ -39,7 +39,7 @@ def guide(script: str) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_activations_are_what_autograd_keeps(architecture, checkpointing, train_type, dtype, tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "num_hidden_layers": 4}
     model = tiny_model(architecture, dtype=getattr(torch, dtype), **sizes)

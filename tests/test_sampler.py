@@ -162,7 +162,9 @@ def test_the_quick_decoder_equals_the_general_one(architecture, dtype):
                     decoder.keep(torch.tensor([0, 2, 4]))
 
 
-@pytest.mark.parametrize("architecture", ["gemma", "gemma3", "mistral", "granite", "cohere", "smollm3", "deepseek3"])
+@pytest.mark.parametrize(
+    "architecture", ["gemma", "gemma3", "mistral", "granite", "cohere", "smollm3", "hunyuan", "deepseek3"]
+)
 def test_models_of_another_shape_take_the_general_decoder(architecture):
     model = tiny_model(architecture)
     grpo.prepare(model)
