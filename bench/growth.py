@@ -1,6 +1,7 @@
 """How generation and the training pass grow with completion length, group size and vocabulary.
 
-    python bench/growth.py             prints a table and writes bench/growth.json
+    python bench/growth.py [T] [G] [vocabulary]    prints a table and puts its rows into bench/growth.json (of others the
+                                                   last figures stay); all three where none is named
 
 The embedded model in bfloat16 (in float32 on a CPU that has no instructions for it), full training, one prompt and its G
 completions of exactly T tokens; a vocabulary of 152 k is its own head and embedding with random rows behind them. Every
@@ -22,9 +23,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 BASE = {"G": 4, "T": 128, "vocabulary": 49_152}
-ROWS = [BASE | {"T": T} for T in (128, 256, 512, 1024, 2048)]
-ROWS += [BASE | {"G": G} for G in (8, 16, 32, 64)]
-ROWS += [BASE | {"vocabulary": 151_936, "T": T} for T in (128, 1024)]
+ROWS = {
+    "T": [BASE | {"T": T} for T in (128, 256, 512, 1024, 2048)],
+    "G": [BASE | {"G": G} for G in (8, 16, 32, 64)],
+    "vocabulary": [BASE | {"vocabulary": 151_936, "T": T} for T in (128, 1024)],
+}
 MANY = 2_048  # tokens whose pass is timed once: it takes long enough
 
 
@@ -84,16 +87,16 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
     return {"pass_s": seconds(train, 3 if G * T < MANY else 1), "pass_MB": peak_MB() - before}
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     from step import precision
 
     file = HERE / "growth.json"
     columns = ["generate s", "tokens/s", "MB", "pass s", "tokens/s", "MB", "head MB"]
     print(f"{precision():12}{'G':>4}{'T':>6}{'vocabulary':>12}" + "".join(f"{name:>11}" for name in columns))
     known = json.loads(file.read_text()) if file.exists() else []
-    known = [row for row in known if row["torch_dtype"] != precision()]
-    for row in ROWS:
+    for row in (row for name in names for row in ROWS[name]):
         result = {"torch_dtype": precision()} | row
+        known = [other for other in known if any(other[name] != value for name, value in result.items())]
         for what in ("generate", "train", "head"):
             command = [sys.executable, __file__, what, *map(str, row.values())]
             run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -110,7 +113,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if len(sys.argv) == 5 and sys.argv[1] not in ROWS:
         print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
+    elif unknown := [name for name in sys.argv[1:] if name not in ROWS]:
+        sys.exit(f"bench/growth.py: no rows {unknown[0]!r}; there are: {', '.join(ROWS)}")
     else:
-        main()
+        main(sys.argv[1:] or list(ROWS))
