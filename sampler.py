@@ -282,17 +282,15 @@ class DecodingLayer(DynamicLayer):
         super().__init__()
         (rows, self.length), (_, heads, dim) = places.shape, keys.shape
         self.shared = shared
-        self.shared_keys = keys[:shared].permute(1, 2, 0).contiguous()  # (heads, d, shared)
-        self.shared_values = values[:shared].transpose(0, 1).contiguous()  # (heads, shared, d)
-        self.keys = keys.new_empty(heads, rows, dim, self.length + max_new_tokens)
-        self.values = values.new_empty(heads, rows, self.length + max_new_tokens, dim)
-        self.keys[..., : self.length] = keys[places].permute(2, 0, 3, 1)
+        self.shared_keys, self.shared_values = (x[:shared].transpose(0, 1).contiguous() for x in (keys, values))
+        self.keys, self.values = (x.new_empty(heads, rows, self.length + max_new_tokens, dim) for x in (keys, values))
+        self.keys[:, :, : self.length] = keys[places].permute(2, 0, 1, 3)
         self.values[:, :, : self.length] = values[places].permute(2, 0, 1, 3)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Take a position more of each row, (B, heads, 1, d)."""
-        self.keys[..., self.length] = key_states[:, :, 0].transpose(0, 1)
+        self.keys[:, :, self.length] = key_states[:, :, 0].transpose(0, 1)
         self.values[:, :, self.length] = value_states[:, :, 0].transpose(0, 1)
         self.length += 1
         return self, self
@@ -303,17 +301,17 @@ class DecodingLayer(DynamicLayer):
         One matrix product for all rows attends to the beginning, which is read once and not once a row; the query
         heads that share a key head are queries of that head, so that no key or value is repeated.
         """
-        heads, rows, dim, _ = self.keys.shape
+        heads, rows, _, dim = self.keys.shape
+        keys, values = (x[:, :, : self.length].flatten(0, 1) for x in (self.keys, self.values))
         query = (query * scale).view(rows, heads, -1, dim).transpose(0, 1).contiguous()
-        scores = (query.flatten(0, 1) @ self.keys[..., : self.length].flatten(0, 1)).view(heads, rows, -1, self.length)
+        scores = (query.flatten(0, 1) @ keys.mT).view(heads, rows, -1, self.length)
         if mask is not None:
             scores.masked_fill_(~mask[:, 0, :, self.shared :], torch.finfo(scores.dtype).min)
         if self.shared:
-            beginning = (query.flatten(1, 2) @ self.shared_keys).view(heads, rows, -1, self.shared)
+            beginning = (query.flatten(1, 2) @ self.shared_keys.mT).view(heads, rows, -1, self.shared)
             scores = torch.cat([beginning, scores], dim=-1)
         weights = scores.softmax(-1)
-        own = weights[..., self.shared :].flatten(0, 1) @ self.values[:, :, : self.length].flatten(0, 1)
-        out = own.view(heads, rows, -1, dim)
+        out = (weights[..., self.shared :].flatten(0, 1) @ values).view(heads, rows, -1, dim)
         if self.shared:
             out += (weights[..., : self.shared].flatten(1, 2) @ self.shared_values).view(out.shape)
         return out.transpose(0, 1).reshape(rows, -1, dim)
@@ -346,23 +344,22 @@ class LlamaDecoder(Decoder):
         cos, sin = (table[0, :, None] for table in model.rotary_emb(x, self.position[None]))  # (B, 1, d)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-
-        def rotate(heads: Tensor) -> Tensor:
-            return torch.addcmul(heads * cos, heads.roll(half, -1), sin)
-
         self.mask, self.position = F.pad(self.mask, (0, 1), value=1), self.position + 1
         mask = self.mask.bool()[:, None, None] if self.padded else None
         for layer, cache, qkv, o, gate_up, down in self.layers:
             a = layer.self_attn
-            q, k, v = (y.view(len(x), -1, a.head_dim) for y in qkv(norm(layer.input_layernorm, x)))
+            heads = qkv(norm(layer.input_layernorm, x)).view(len(x), -1, a.head_dim)
+            to_rotate, v = heads.tensor_split([-len(cache.keys)], dim=1)
             if hasattr(a, "q_norm"):
-                q, k = norm(a.q_norm, q), norm(a.k_norm, k)
-            cache.update(rotate(k)[:, :, None], v[:, :, None])
-            x = x + o(cache.attend(rotate(q), mask, a.scaling).flatten(1))[0]
-            gate, up = gate_up(norm(layer.post_attention_layernorm, x))
-            x = x + down(layer.mlp.act_fn(gate) * up)[0]
-        (logits,) = self.head(norm(model.norm, x))
-        return logits
+                q, k = to_rotate.tensor_split([-len(cache.keys)], dim=1)
+                to_rotate = torch.cat([norm(a.q_norm, q), norm(a.k_norm, k)], dim=1)
+            rotated = torch.addcmul(to_rotate * cos, to_rotate.roll(half, -1), sin)
+            q, k = rotated.tensor_split([-len(cache.keys)], dim=1)
+            cache.update(k[:, :, None], v[:, :, None])
+            x = o(cache.attend(q, mask, a.scaling).flatten(1), plus=x)
+            gate, up = gate_up(norm(layer.post_attention_layernorm, x)).chunk(2, dim=1)
+            x = down(layer.mlp.act_fn(gate) * up, plus=x)
+        return self.head(norm(model.norm, x))
 
 
 def norm(module: torch.nn.Module, x: Tensor) -> Tensor:
@@ -404,10 +401,10 @@ class FusedLinear:
             return
         adapted = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
         self.A = torch.cat([linear.lora_A for linear in adapted]).to(weight.dtype) if adapted else None
-        self.sizes = [linear.out_features for linear in linears]
-        whole = weight.new_zeros(sum(self.sizes), weight.shape[1] + (len(self.A) if adapted else 0))
+        sizes = [linear.out_features for linear in linears]
+        whole = weight.new_zeros(sum(sizes), weight.shape[1] + (len(self.A) if adapted else 0))
         column = weight.shape[1]
-        for linear, rows in zip(linears, whole.split(self.sizes)):
+        for linear, rows in zip(linears, whole.split(sizes)):
             rows[:, : weight.shape[1]] = linear.weight
             if linear in adapted:
                 rank = len(linear.lora_A)
@@ -417,14 +414,17 @@ class FusedLinear:
         self.bias = None if biases[0] is None else torch.cat(biases)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(whole)
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """x (B, in) → one (B, out) for each layer."""
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x (B, in) → all layers' outputs side by side, (B, out), added to `plus`."""
         if self.weight is None:
-            return [linear(x) for linear in self.linears]
+            parts = [linear(x) for linear in self.linears]
+            y = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            return y if plus is None else plus + y
         if self.A is not None:
             x = torch.cat([x, F.linear(x, self.A)], dim=1)
-        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y.split(self.sizes, dim=1)
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, self.bias, "add")
 
 
 # vLLM: the trainer's side ------------------------------------------------------------------------------------

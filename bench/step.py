@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 TOKENS, G, BETA, RANK, ALPHA, LEARNING_RATE = 128, 8, 0.04, 16, 32, 1e-6
 REPEATS = 3
+PAUSE = 5  # seconds between turns: after its own, vLLM's worker goes on asking for work on a core of its own
 
 # row → what is measured, completions, full training or LoRA, contestants
 ROWS = {
@@ -266,6 +267,7 @@ def vllm_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
         for i in range(len(ids))
     ]
     while True:
+        llm.reset_prefix_cache()  # as after every change of the weights: what it keeps of prompts is of the old ones
         outs = llm.generate([{"prompt_token_ids": row} for row in ids], settings, use_tqdm=False)
         assert sum(len(c.token_ids) for out in outs for c in out.outputs) == count * TOKENS
         turn()
@@ -339,6 +341,7 @@ def measure(row: str) -> dict:
     results, peaks, before = {name: [] for name in names}, {}, limits()
     for _ in range(1 + REPEATS):
         for name, process in processes.items():
+            time.sleep(PAUSE)
             process.stdin.write("\n")
             process.stdin.flush()
             answer = process.stdout.readline()
