@@ -317,7 +317,8 @@ def peak_MB(session: int) -> float:
 
 def end(processes: dict[str, subprocess.Popen]) -> None:
     for process in processes.values():
-        os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine and worker are processes of their own
         process.wait()
 
 
@@ -332,25 +333,24 @@ def measure(row: str) -> dict:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     log = Path(tempfile.gettempdir()) / "bench-step.log"
-    processes = {}
+    processes, results, peaks, before = {}, {name: [] for name in names}, {}, limits()
     for name in names:
         command = [sys.executable, __file__, what, name, str(count), kind]
         with log.open("a") as file:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
             processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
-    results, peaks, before = {name: [] for name in names}, {}, limits()
-    for _ in range(1 + REPEATS):
-        for name, process in processes.items():
+    try:
+        for name, process in list(processes.items()) * (1 + REPEATS):
             time.sleep(PAUSE)
             process.stdin.write("\n")
             process.stdin.flush()
             answer = process.stdout.readline()
             if not answer:
-                end(processes)
                 sys.exit(f"bench/step.py: {name} ended; {log} tells why")
             seconds, peaks[name] = map(float, answer.split())
             results[name].append(seconds)
-    end(processes)
+    finally:
+        end(processes)
     machine = {limit: max(value, before[limit]) for limit, value in limits().items()}
     tokens, needed = count * TOKENS, operations(what, count, kind)
     table = {}
@@ -446,4 +446,5 @@ if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1] in ("step", "pass", "generate"):
         contestant(*sys.argv[1:])
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contestants end with it
         main(sys.argv[1:])
