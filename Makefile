@@ -22,7 +22,7 @@ vllm: $(VENV)/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, 
 
 test: $(VENV)/installed-test model   ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests $(STARTING:%=--ignore %)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(STARTING) -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(STARTING) -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,6 @@ import sampler
 import train
 from sampler import VLLMSampler, vllm_device
 
-pytestmark = pytest.mark.xdist_group("vllm")  # one engine at a time: each takes all cores
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not there; make vllm adds it")
 ON_CPU = {"kv_cache_memory_bytes": 512 << 20, "enforce_eager": True, "logprobs_mode": "processed_logprobs"}
 ON_CPU["enable_chunked_prefill"] = False
