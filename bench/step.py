@@ -131,6 +131,7 @@ def trl_trainer(count: int, kind: str, callbacks=()):
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         loss_type="grpo",
+        use_bias_correction_kl=False,  # as in the paper
         beta=BETA,
         learning_rate=LEARNING_RATE,
         temperature=1.0,
@@ -267,7 +268,7 @@ def vllm_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
         for i in range(len(ids))
     ]
     while True:
-        llm.reset_prefix_cache()  # as after every change of the weights: what it keeps of prompts is of the old ones
+        assert llm.reset_prefix_cache()  # as after every change of the weights
         outs = llm.generate([{"prompt_token_ids": row} for row in ids], settings, use_tqdm=False)
         assert sum(len(c.token_ids) for out in outs for c in out.outputs) == count * TOKENS
         turn()
