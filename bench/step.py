@@ -298,8 +298,8 @@ def contestant(what: str, who: str, count: str, kind: str) -> None:
         nonlocal started
         if started:
             print(time.perf_counter() - started, peak_MB(os.getsid(0)), file=answers, flush=True)
-        if not sys.stdin.readline():
-            os._exit(0)
+        if not sys.stdin.readline():  # the benchmark is gone, however it ended
+            os.killpg(0, signal.SIGKILL)  # vLLM's worker, too
         started = time.perf_counter()
 
     turn()
@@ -335,12 +335,12 @@ def measure(row: str) -> dict:
     }
     log = Path(tempfile.gettempdir()) / "bench-step.log"
     processes, results, peaks, before = {}, {name: [] for name in names}, {}, limits()
-    for name in names:
-        command = [sys.executable, __file__, what, name, str(count), kind]
-        with log.open("a") as file:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
-            processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
     try:
+        for name in names:
+            command = [sys.executable, __file__, what, name, str(count), kind]
+            with log.open("a") as file:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
+                processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
         for name, process in list(processes.items()) * (1 + REPEATS):
             time.sleep(PAUSE)
             process.stdin.write("\n")
@@ -360,6 +360,7 @@ def measure(row: str) -> dict:
         times = [theirs / ours for theirs, ours in zip(turns[1:], results["ours"][1:])]
         table[name] = {
             "seconds": seconds,
+            "turns": turns[1:],
             "completions_per_s": count / seconds,
             "tokens_per_s": tokens / seconds,
             "times_ours": statistics.median(times),
