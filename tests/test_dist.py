@@ -1,6 +1,9 @@
 """The sharded AdamW in real processes against torch.optim.AdamW in one."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +190,17 @@ def test_processes_of_a_machine_share_its_free_memory(monkeypatch):
     assert 0 < alone < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert dist.free_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_of_a_machine_share_its_cores(processes):
+    """torchrun sets one thread for each of several processes; alone, PyTorch takes all cores."""
+    cores = len(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"LOCAL_WORLD_SIZE": str(processes)} | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
+    program = "import dist, torch; dist.start(dist.find_world()); print(torch.get_num_threads())"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(
+        command, env=environment, cwd=Path(dist.__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) == max(1, cores // processes)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ARCHITECTURES, tiny_model
 
 import grpo
+import lora
 
 TEMPERATURE, EPSILON = 0.7, 0.2
 
@@ -228,24 +230,39 @@ def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)  # norms are in float32 whatever the model
 
 
-def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(embedded_model, monkeypatch):
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(kind, embedded_model, monkeypatch):
     """Both differ from float32 by as much; the head is applied to one token at a time."""
     from transformers import AutoModelForCausalLM
+
+    def plain_forward(self, x):
+        low_rank = F.linear(x, self.lora_A.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low_rank, self.lora_B.to(x.dtype))
 
     prompts, completions, _ = make_batch(groups=1, longest=10)
     prompts, completions = ([[i + 1000 for i in row] for row in rows] for rows in (prompts, completions))
     gradients = {}
     for name, dtype in (("exact", torch.float32), ("plain", torch.bfloat16), ("packed", torch.bfloat16)):
         model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=dtype)
-        if name == "packed":
-            grpo.prepare(model)
-            assert model.config._attn_implementation == "grouped"
-            monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", model.config.vocab_size)
-        logps, _, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
-        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        if kind == "lora":
+            torch.manual_seed(0)
+            for _, layer in lora.layers(lora.inject(model, 16, 32)):
+                torch.nn.init.normal_(layer.lora_B, std=0.01)
+        with monkeypatch.context() as patch:
+            if name == "packed":
+                grpo.prepare(model)
+                assert model.config._attn_implementation == "grouped"
+                patch.setattr(grpo, "LOGITS_AT_ONCE", model.config.vocab_size)
+            else:
+                patch.setattr(lora.LoRALinear, "forward", plain_forward)
+            logps, _, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+            (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        parts = {"all": "", "head": "embed_tokens"} if kind == "full" else {"A": "lora_A", "B": "lora_B"}
         gradients[name] = {
-            "all": torch.cat([p.grad.float().flatten() for p in model.parameters()]),
-            "head": model.lm_head.weight.grad.float(),
+            part: torch.cat(
+                [p.grad.float().flatten() for n, p in model.named_parameters() if p.requires_grad and key in n]
+            )
+            for part, key in parts.items()
         }
     for part, exact in gradients["exact"].items():
         plain, packed = ((gradients[name][part] - exact).norm() / exact.norm() for name in ("plain", "packed"))
