@@ -297,7 +297,8 @@ def contestant(what: str, who: str, count: str, kind: str) -> None:
     def turn() -> None:
         nonlocal started
         if started:
-            print(time.perf_counter() - started, peak_MB(os.getsid(0)), file=answers, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(time.perf_counter() - started, peak_MB(os.getsid(0)), file=answers, flush=True)
         if not sys.stdin.readline():  # the benchmark is gone, however it ended
             os.killpg(0, signal.SIGKILL)  # vLLM's worker, too
         started = time.perf_counter()
