@@ -57,6 +57,7 @@ from grpo import Pack, distinct, logits_from_hidden_states, pad, positions
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
 START_TIMEOUT = 600.0  # seconds in which an engine starts; a large model is read from disk, graphs are captured
+ROOM = 16  # tokens for which a cache has room in advance; see DecodingLayer
 COMPACT_AT = 0.75  # drop ended rows once at most this share is alive: copying the cache costs about one decoding step
 
 
@@ -133,7 +134,7 @@ class ModelSampler:
     def _generate(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
         device = self.eos.device
         prompts, row_of = distinct(prompt_ids, device)
-        decoder = forward(self.decoder, self.model, prompts, row_of, self.max_new_tokens)
+        decoder = forward(self.decoder, self.model, prompts, row_of)
         logits = decoder.logits
         uniforms = torch.stack([uniform_stream(seed, self.max_new_tokens) for seed in seeds]).to(device)
 
@@ -177,7 +178,7 @@ def rows_at_once(model: torch.nn.Module, length: int) -> int:
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * dim
-    row = 2 * parameter.itemsize * keys * length + 40 * config.vocab_size
+    row = 2 * parameter.itemsize * keys * (length + ROOM) + 40 * config.vocab_size
     return max(1, free_memory(parameter.device) // 2 // row)
 
 
@@ -195,7 +196,9 @@ def sample_tokens(
     weights = probabilities = logits.softmax(-1, dtype=torch.float32)
     if top_p < 1.0 or top_k > 0:
         weights = weights.masked_fill(truncate(logits, top_p, top_k) == float("-inf"), 0.0)
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    if rest := -weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, rest))
+    blocks = weights.view(len(weights), -1, BLOCK)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniforms[:, None] * ends[:, -1:]
     block = first_above(ends, target)
@@ -238,15 +241,15 @@ class Decoder:
     token. The cache of a model that packs (grpo.Pack) holds what all prompts begin with once for all rows.
     """
 
-    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor, max_new_tokens: int):
+    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         self.model, config = model, model.config
         if config._attn_implementation == "grouped":
             pack = Pack(prompts, [], config.get_text_config(), row_of.device)
             pack.keys_and_values = []
             hidden = pack.run(model.get_decoder())[[rest[-1] for rest in pack.rests]]
             places, mask = pad(pack.rests, "left", row_of.device)
-            rows = pack.shared, places[row_of], max_new_tokens
-            self.cache = Cache(layers=[DecodingLayer(*tensors, *rows) for tensors in pack.keys_and_values])
+            layers = [DecodingLayer(*tensors, pack.shared, places[row_of]) for tensors in pack.keys_and_values]
+            self.cache = Cache(layers=layers)
             mask = torch.cat([mask.new_ones(len(mask), pack.shared), mask], dim=1)
         else:
             ids, mask = pad(prompts, "left", row_of.device)
@@ -272,24 +275,25 @@ class Decoder:
 
 
 class DecodingLayer(DynamicLayer):
-    """One layer's keys and values in buffers that are made once, laid out for one query a row, and attention to them.
+    """One layer's keys and values, laid out for one query a row, and attention to them.
 
     keys, values: (N, key heads, d) of a pack, the first `shared` of them those that all rows begin with; places (B, L):
-    where each row's own are; then there is room for max_new_tokens more.
+    where each row's own are. Their buffers have room for up to ROOM tokens more, and are made anew every ROOM steps:
+    products read them whole, since a part of a buffer is copied before oneDNN multiplies it.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, shared: int, places: Tensor, max_new_tokens: int):
+    def __init__(self, keys: Tensor, values: Tensor, shared: int, places: Tensor):
         super().__init__()
-        (rows, self.length), (_, heads, dim) = places.shape, keys.shape
-        self.shared = shared
+        self.shared, self.length = shared, places.shape[1]
         self.shared_keys, self.shared_values = (x[:shared].transpose(0, 1).contiguous() for x in (keys, values))
-        self.keys, self.values = (x.new_empty(heads, rows, self.length + max_new_tokens, dim) for x in (keys, values))
-        self.keys[:, :, : self.length] = keys[places].permute(2, 0, 1, 3)
-        self.values[:, :, : self.length] = values[places].permute(2, 0, 1, 3)
+        own = (0, 0, 0, ROOM - self.length % ROOM)
+        self.keys, self.values = (F.pad(x[places].permute(2, 0, 1, 3), own) for x in (keys, values))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Take a position more of each row, (B, heads, 1, d)."""
+        if self.length == self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, ROOM)) for x in (self.keys, self.values))
         self.keys[:, :, self.length] = key_states[:, :, 0].transpose(0, 1)
         self.values[:, :, self.length] = value_states[:, :, 0].transpose(0, 1)
         self.length += 1
@@ -301,19 +305,21 @@ class DecodingLayer(DynamicLayer):
         One matrix product for all rows attends to the beginning, which is read once and not once a row; the query
         heads that share a key head are queries of that head, so that no key or value is repeated.
         """
-        heads, rows, _, dim = self.keys.shape
-        keys, values = (x[:, :, : self.length].flatten(0, 1) for x in (self.keys, self.values))
+        heads, rows, room, dim = self.keys.shape
         query = (query * scale).view(rows, heads, -1, dim).transpose(0, 1).contiguous()
-        scores = (query.flatten(0, 1) @ keys.mT).view(heads, rows, -1, self.length)
+        keys, values = self.keys.view(-1, room, dim), self.values.view(-1, room, dim)
+        scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT).view(heads, rows, -1, room)
+        lowest = torch.finfo(scores.dtype).min
+        scores[..., self.length :] = lowest  # room where nothing is yet
         if mask is not None:
-            scores.masked_fill_(~mask[:, 0, :, self.shared :], torch.finfo(scores.dtype).min)
+            scores[..., : self.length].masked_fill_(~mask[:, 0, :, self.shared :], lowest)
         if self.shared:
-            beginning = (query.flatten(1, 2) @ self.shared_keys.mT).view(heads, rows, -1, self.shared)
-            scores = torch.cat([beginning, scores], dim=-1)
+            beginning = torch.bmm(query.view(heads, -1, dim), self.shared_keys.mT).view(heads, rows, -1, self.shared)
+            scores = torch.cat([scores, beginning], dim=-1)
         weights = scores.softmax(-1)
-        out = (weights[..., self.shared :].flatten(0, 1) @ values).view(heads, rows, -1, dim)
+        out = torch.bmm(weights[..., :room].flatten(0, 1), values).view(heads, rows, -1, dim)
         if self.shared:
-            out += (weights[..., : self.shared].flatten(1, 2) @ self.shared_values).view(out.shape)
+            out += torch.bmm(weights[..., room:].flatten(1, 2), self.shared_values).view(out.shape)
         return out.transpose(0, 1).reshape(rows, -1, dim)
 
     def batch_select_indices(self, rows: Tensor) -> None:
@@ -327,8 +333,8 @@ class LlamaDecoder(Decoder):
     """The same for models of Llama's shape (Qwen 2 and 3, SmolLM 2, …), in a third of the operations: what a step of few
     rows costs is their number, and reading the weights."""
 
-    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor, max_new_tokens: int):
-        super().__init__(model, prompts, row_of, max_new_tokens)
+    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
+        super().__init__(model, prompts, row_of)
         self.layers = []
         for layer, cache in zip(model.model.layers, self.cache.layers):
             a, m = layer.self_attn, layer.mlp
@@ -378,7 +384,7 @@ def decodes_like_llama(model: torch.nn.Module) -> bool:
     prompts = [a, b] + [a, c, d] * 20 + [b], [a, c] + [b, d, a, a] * 20
     limit = 0.05 if model.dtype == torch.bfloat16 else 1e-3
     try:
-        decoders = [kind(model, prompts, rows, 2) for kind in (Decoder, LlamaDecoder)]
+        decoders = [kind(model, prompts, rows) for kind in (Decoder, LlamaDecoder)]
         for token in (rows.new_tensor([b, c, d]), rows.new_tensor([d, d, a])):
             own, ours = (decoder.step(token) for decoder in decoders)
     except (AttributeError, RuntimeError, TypeError):  # it has other parts
