@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 TOKENS, G, BETA, RANK, ALPHA, LEARNING_RATE = 128, 8, 0.04, 16, 32, 1e-6
-REPEATS = 3
+REPEATS = {"step": 3, "pass": 5, "generate": 5}
 PAUSE = 5  # seconds between turns: after its own, vLLM's worker goes on asking for work on a core of its own
 
 # row → what is measured, completions, full training or LoRA, contestants
@@ -342,7 +342,7 @@ def measure(row: str) -> dict:
             with log.open("a") as file:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
                 processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
-        for name, process in list(processes.items()) * (1 + REPEATS):
+        for name, process in list(processes.items()) * (1 + REPEATS[what]):
             time.sleep(PAUSE)
             process.stdin.write("\n")
             process.stdin.flush()
@@ -372,7 +372,7 @@ def measure(row: str) -> dict:
         if what == "generate":
             bytes_read = TOKENS * sum(p.nbytes for p in load_model().parameters())
             table[name]["of_memory_bandwidth"] = bytes_read / seconds / machine["memory_GB_per_s"] / 1e9
-    return {"row": row, "torch_dtype": precision(), "turns": REPEATS, "machine": machine, "contestants": table}
+    return {"row": row, "torch_dtype": precision(), "turns": REPEATS[what], "machine": machine, "contestants": table}
 
 
 def operations(what: str, count: int, kind: str) -> float:
