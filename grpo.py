@@ -321,8 +321,8 @@ class HeadLogps(torch.autograd.Function):
     """The output head and log softmax(logits / temperature) in one, so that the (N, vocabulary) table never exists.
 
     The head is applied to as many tokens at a time as make LOGITS_AT_ONCE logits, in memory that every chunk uses
-    again. 16 completions of 2,048 tokens with a vocabulary of 152 k would take 20 GB; this takes less than 200 MiB,
-    whatever the vocabulary, and two gradients of a head that is trained. The gradient of a log-probability by its
+    again. 16 completions of 2,048 tokens with a vocabulary of 152 k would take 20 GB; this takes a few hundred
+    MB, whatever the vocabulary, and two gradients of a head that is trained. The gradient of a log-probability by its
     logits is (one-hot of the target - softmax) / temperature; the entropies have none. A token's log-probability
     depends on its own hidden state alone, so the gradient by that, (N, D), is made while the logits are there; only a
     head that is trained itself needs them again.

@@ -57,7 +57,7 @@ from grpo import Pack, distinct, logits_from_hidden_states, pad, positions
 
 BLOCK = 256  # tokens whose probabilities are summed together; see sample_tokens
 START_TIMEOUT = 600.0  # seconds in which an engine starts; a large model is read from disk, graphs are captured
-ROOM = 16  # tokens for which a cache has room in advance; see DecodingLayer
+ROOM = 16  # tokens, of which every cache's size is a multiple; see DecodingLayer
 COMPACT_AT = 0.75  # drop ended rows once at most this share is alive: copying the cache costs about one decoding step
 
 
@@ -278,16 +278,16 @@ class DecodingLayer(DynamicLayer):
     """One layer's keys and values, laid out for one query a row, and attention to them.
 
     keys, values: (N, key heads, d) of a pack, the first `shared` of them those that all rows begin with; places (B, L):
-    where each row's own are. Their buffers have room for up to ROOM tokens more, and are made anew every ROOM steps:
-    products read them whole, since a part of a buffer is copied before oneDNN multiplies it.
+    where each row's own are. Their buffers have room for up to ROOM tokens more and are made anew every ROOM steps,
+    not once for the longest completion: products read them whole, since oneDNN copies a part of a buffer to multiply it.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, shared: int, places: Tensor):
         super().__init__()
         self.shared, self.length = shared, places.shape[1]
         self.shared_keys, self.shared_values = (x[:shared].transpose(0, 1).contiguous() for x in (keys, values))
-        own = (0, 0, 0, ROOM - self.length % ROOM)
-        self.keys, self.values = (F.pad(x[places].permute(2, 0, 1, 3), own) for x in (keys, values))
+        ahead = (0, 0, 0, ROOM - self.length % ROOM)
+        self.keys, self.values = (F.pad(x[places].permute(2, 0, 1, 3), ahead) for x in (keys, values))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
@@ -305,10 +305,10 @@ class DecodingLayer(DynamicLayer):
         One matrix product for all rows attends to the beginning, which is read once and not once a row; the query
         heads that share a key head are queries of that head, so that no key or value is repeated.
         """
-        heads, rows, room, dim = self.keys.shape
+        heads, rows, size, dim = self.keys.shape
         query = (query * scale).view(rows, heads, -1, dim).transpose(0, 1).contiguous()
-        keys, values = self.keys.view(-1, room, dim), self.values.view(-1, room, dim)
-        scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT).view(heads, rows, -1, room)
+        keys, values = self.keys.view(-1, size, dim), self.values.view(-1, size, dim)
+        scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT).view(heads, rows, -1, size)
         lowest = torch.finfo(scores.dtype).min
         scores[..., self.length :] = lowest  # room where nothing is yet
         if mask is not None:
@@ -317,9 +317,9 @@ class DecodingLayer(DynamicLayer):
             beginning = torch.bmm(query.view(heads, -1, dim), self.shared_keys.mT).view(heads, rows, -1, self.shared)
             scores = torch.cat([scores, beginning], dim=-1)
         weights = scores.softmax(-1)
-        out = torch.bmm(weights[..., :room].flatten(0, 1), values).view(heads, rows, -1, dim)
+        out = torch.bmm(weights[..., :size].flatten(0, 1), values).view(heads, rows, -1, dim)
         if self.shared:
-            out += torch.bmm(weights[..., room:].flatten(1, 2), self.shared_values).view(out.shape)
+            out += torch.bmm(weights[..., size:].flatten(1, 2), self.shared_values).view(out.shape)
         return out.transpose(0, 1).reshape(rows, -1, dim)
 
     def batch_select_indices(self, rows: Tensor) -> None:

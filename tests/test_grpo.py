@@ -230,6 +230,13 @@ def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)  # norms are in float32 whatever the model
 
 
+def test_a_pack_holds_every_token_once_and_no_padding():
+    prompts, completions, _ = make_batch()
+    pack = grpo.Pack(prompts, completions, tiny_model("llama").config, "cpu")
+    rests = sum(len(prompt) - 4 for prompt in {tuple(prompt) for prompt in prompts})
+    assert pack.shared == 4 and pack.ids.shape == (1, 4 + rests + sum(len(c) - 1 for c in completions))
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(kind, embedded_model, monkeypatch):
     """Both differ from float32 by as much; the head is applied to one token at a time."""

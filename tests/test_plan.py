@@ -111,10 +111,12 @@ def test_the_cache_is_what_the_sampler_allocates(tmp_path, monkeypatch):
     s, found = planned(*flags, "--num_generations", 4, "--per_device_train_batch_size", 8, dry_run=1)
     grpo.prepare(model)
     prompts, rows = [[i, *range(20, 29)] for i in (1, 2)], torch.arange(8) // 4
-    decoder = sampler.Decoder(model, prompts, rows, 30)
+    decoder = sampler.Decoder(model, prompts, rows)
+    for _ in range(29):  # the last token is drawn and not read
+        decoder.step(torch.full((8,), 5))
     held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
-    prefilled = 2 * s["w"] * s["L"] * s["k"] * s["c"]
-    assert held + prefilled == found["cache", "generate"]
+    prefilled, room = (2 * s["w"] * s["L"] * s["k"] * n for n in (s["c"], 8 * sampler.ROOM))
+    assert abs(held + prefilled - found["cache", "generate"]) < room
 
 
 def test_state_is_shared_out_over_the_ranks():

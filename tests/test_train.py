@@ -13,6 +13,8 @@ from conftest import ROOT, read_metrics, run_train
 from safetensors.torch import load_file
 
 import dist
+import grpo
+import rewards
 import train
 
 
@@ -238,6 +240,24 @@ def test_training_raises_the_reward(train_type, model_folder, plugin, tmp_path):
     run_train(*flags_for(model_folder, plugin, tmp_path, **changes))
     rewards = [line["reward"] for line in read_metrics(tmp_path)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05, rewards
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_nothing_is_computed_that_teaches_nothing(beta, model_folder, plugin, tmp_path, monkeypatch):
+    """One of two groups has equal rewards. Two iterations: no pass of the old policy, and no reference, unless β > 0."""
+    passes, completion_logps = [], grpo.completion_logps
+
+    def counted(model, prompt_ids, completion_ids, temperature):
+        passes.append(("trained" if torch.is_grad_enabled() else "read", len(completion_ids)))
+        return completion_logps(model, prompt_ids, completion_ids, temperature)
+
+    monkeypatch.setattr(grpo, "completion_logps", counted)
+    monkeypatch.setitem(rewards.orms, "half", lambda texts, **_: [max(0, i - 3) for i in range(len(texts))])
+    changes = {"reward_funcs": "half", "beta": beta, "num_iterations": 2, "max_steps": 2, "train_type": "full"}
+    changes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    train.main(flags_for(model_folder, plugin, tmp_path, **changes))
+    both_groups = [("read", 4)] * 2 + [("trained", 4)] * 2 * 2
+    assert passes == (both_groups if beta else [("trained", 4)] * 2)
 
 
 # The guide's commands -------------------------------------------------------------------------------------------
