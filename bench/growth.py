@@ -35,7 +35,7 @@ def peak_MB() -> float:
     """The most that was resident since the last call."""
     peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
     Path("/proc/self/clear_refs").write_text("5")
-    return int(peak) / 1024
+    return int(peak) * 1024 / 1e6
 
 
 def seconds(work, repeats: int) -> float:

@@ -7,8 +7,8 @@
 Every row is the same work for all, on CPUs: the embedded model in bfloat16 (in float32 on a CPU that has no instructions
 for bfloat16), questions of the built-in task, G = 8, completions of exactly TOKENS tokens (nobody may stop earlier),
 micro-batches of the same size, a thread for each core. Every contestant lives in a process of its own and works when it
-is told to, one at a time and in turns, so that what else the machine does hits all alike. Seconds are medians of REPEATS
-turns after a first one that does not count; memory is the peak, summed over a contestant's processes.
+is told to, one at a time and in turns, so that what else the machine does hits all alike. Seconds are medians of
+REPEATS turns, by kind of work, after a first one that does not count; memory is the peak, summed over a contestant's processes.
 
 Two limits of the machine are measured before and after a row, the better one counts: the speed of one large matrix
 product, and of a copy in memory. A row's share of the first counts the products that its work needs (see `operations`),
@@ -314,7 +314,7 @@ def peak_MB(session: int) -> float:
         with contextlib.suppress(OSError):  # it has ended
             if os.getsid(int(status.parent.name)) == session:
                 total += int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return total / 1024
+    return total * 1024 / 1e6
 
 
 def end(processes: dict[str, subprocess.Popen]) -> None:
