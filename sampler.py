@@ -310,7 +310,7 @@ class DecodingLayer(DynamicLayer):
         keys, values = self.keys.view(-1, size, dim), self.values.view(-1, size, dim)
         scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT).view(heads, rows, -1, size)
         lowest = torch.finfo(scores.dtype).min
-        scores[..., self.length :] = lowest  # room where nothing is yet
+        scores[..., self.length :].fill_(lowest)  # room where nothing is yet
         if mask is not None:
             scores[..., : self.length].masked_fill_(~mask[:, 0, :, self.shared :], lowest)
         if self.shared:
