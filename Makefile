@@ -5,9 +5,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # On CPUs two processes with half the cores each are quicker than one with all.
 PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 BENCHES ?= step growth where zero memory sync rewards
-STARTING := tests/test_train.py tests/test_vllm.py tests/test_zero3.py  # mostly processes that start: two at a time
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal
+SEVEN := $(wildcard tests/test_*.py)
 
-.PHONY: demo model install vllm test lint bench clean
+.PHONY: demo model install vllm quick test lint bench clean
 
 demo: model            ## train the embedded model for real, on any machine
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
@@ -20,9 +21,11 @@ install: $(VENV)/installed
 
 vllm: $(VENV)/installed-vllm  ## add vLLM: its CUDA build where there is a GPU, else its CPU build
 
-test: $(VENV)/installed-test model   ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests $(STARTING:%=--ignore %)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(STARTING) -n 2 --dist loadfile
+quick: lint model      ## after each change: lint, and the tests of the seven
+	$(PYTEST) $(SEVEN)
+
+test: $(VENV)/installed-test model   ## run all tests
+	$(PYTEST) tests
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -1,325 +1,371 @@
-"""Data: a dataset's rows become prompts, and prompts an order that any number of ranks can follow and resume.
+"""Data: rows become prompts, and prompts an order that any number of ranks follows and resumes.
 
-    name#N ── load_rows ──> {"prompt": [turns], "solution": "43", + every column} ── encode ──> + "prompt_ids"
+    name#N ── load_rows ──> {"prompt": [turns], "solution": "43", …} ── encode ──> + "prompt_ids"
+                            step_rows: which of these rows a step trains on
 
-A row of GSM8K's layout        {"question": "What is 27 + 16?", "answer": "27 and 16 make 43. #### 43"}
-becomes these two columns      {"prompt": [{"role": "user", "content": "What is 27 + 16?"}],
-and keeps its own beside them   "solution": "27 and 16 make 43. #### 43", "question": …, "answer": …}
+A row of GSM8K's layout     {"question": "What is 27 + 16?", "answer": "27 and 16 make 43. #### 43"}
+gets these two columns      {"prompt": [{"role": "user", "content": "What is 27 + 16?"}],
+and keeps its own            "solution": "27 and 16 make 43. #### 43", "question": …, "answer": …}
 
-The question is the first of `messages`, `prompt`, `query`, `problem` and `question` that has something in it,
-text or a list of turns. The prompt is its turns up to the user's last; a row's own system turn wins over
-`system`. The reference is `solution`, else `answer`, else (where neither column exists) what the assistant
-says after the prompt. It stays as written: to find a `\\boxed{}` or `#### 43` in it is the rewards' work.
-A column called `prompt` is kept as `original_prompt`.
+The question is the first of the columns `QUESTIONS` that has something in it: text, or a list of
+turns. The prompt is its turns up to the user's last one. The reference, which rewards compare with,
+is `solution`, else `answer`, else what the assistant says after the prompt. It stays as written: to
+find the 43 in it is the rewards' work.
 
-Bad input raises a ValueError of one line that begins with the flag and its value. To train on a task of your
-own, write a jsonl file, or a function like `arithmetic` and name it in `BUILTINS`.
+To train on a task of your own, write a jsonl file, or a function like `arithmetic` and name it in
+`BUILTINS`. run/readers.py reads other formats and the hub.
 """
 
-import csv
-import difflib
 import functools
-import itertools
 import json
 import os
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-QUESTIONS = ("messages", "prompt", "query", "problem", "question")
-GUIDE_PROMPT = Path(__file__).parent / "examples" / "train" / "grpo" / "prompt.txt"
+QUESTIONS = ("messages", "prompt", "query", "problem", "question")  # the first one wins
+RENAMED = {"prompt": "original_prompt"}  # a row's own column, where ours takes its name
+# DeepSeek-R1's template (arXiv 2501.12948, table 1), for built-in tasks without a --system.
+GUIDE_PROMPT = Path(__file__).parent / "examples/train/grpo/prompt.txt"
+
+
+class UsageError(ValueError):
+    """What the user has to mend: one line that names the flag, its value and what works."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """data"""
+
+    dataset: Annotated[
+        list[str], "hub ids (id:subset), files or built-in names; #N draws N rows"
+    ] = ()
+    val_dataset: Annotated[list[str], "the same, to evaluate on"] = ()
+    split_dataset_ratio: Annotated[
+        float, "share to evaluate on without a val_dataset", "0 to 1"
+    ] = 0.01
+    system: Annotated[str | None, "system prompt, or the text file that holds it"] = None
+    max_length: Annotated[
+        int | None, "longest prompt in tokens; longer rows are dropped", "from 1"
+    ] = None
+    dataset_num_proc: Annotated[int, "processes that tokenize", "from 1"] = 1
+    dataloader_num_workers: Annotated[int, "no effect: prompts are in memory", "from 0"] = 0
+
+
+# Where rows come from ---------------------------------------------------------------------------
+
+
+def arithmetic(test: bool = False) -> list[dict]:
+    """Sums of two terms from 2 to 49: 256 fixed questions to test, all others to train.
+
+    Each stands behind a worked example, which shows a small model the format. Training asks
+    neither a + b nor b + a of a test question, and neither asks the example.
+    """
+    ordered = [(a, b) for a in range(2, 50) for b in range(2, 50)]
+    pairs = [(a, b) for a, b in ordered if a <= b]  # a sum is one pair, asked in two orders
+    pairs.remove((7, 12))  # the example
+    rng = random.Random(0)  # not the run's seed: every run tests the same questions
+    tested = rng.sample(pairs, 256)
+    if test:
+        asked = [rng.sample(pair, 2) for pair in tested]  # each in one order, drawn
+    else:
+        trained = set(pairs) - set(tested)
+        asked = [pair for pair in ordered if tuple(sorted(pair)) in trained]
+    example = [
+        {"role": "user", "content": "What is 12 + 7?"},
+        {"role": "assistant", "content": "<think>12 + 7 = 19</think><answer>19</answer>"},
+    ]
+    rows = []
+    for a, b in asked:
+        question = {"role": "user", "content": f"What is {a} + {b}?"}
+        rows.append({"messages": [*example, question], "solution": str(a + b)})
+    return rows
+
+
+BUILTINS = {
+    "arithmetic": arithmetic,
+    "arithmetic-test": functools.partial(arithmetic, test=True),
+}
+
+
+def read_plain(source: str, flag: str, num_proc: int | None) -> list[dict]:
+    """The rows of a built-in task or of a jsonl file: the least that a reader does.
+
+    `load_rows` takes any function from these three to a table: rows by index, and their number.
+    """
+    if source in BUILTINS:
+        return BUILTINS[source]()
+    if not source.endswith(".jsonl"):
+        known = ", ".join(BUILTINS)
+        raise ValueError(f"no such dataset; {known} or a .jsonl file works")
+    text = Path(source).read_text(encoding="utf-8-sig")  # sig: a mark that some editors put first
+    rows = []
+    # Not splitlines: it would break a row at a \u2028 within its text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append({**json.loads(line)})
+            except (TypeError, ValueError) as error:  # an object alone unpacks
+                raise ValueError(f"line {number} is not an object of JSON") from error
+    return rows
+
+
+# From rows to prompts ---------------------------------------------------------------------------
 
 
 def load_rows(
-    names: list[str], *, flag="--dataset", seed=42, num_proc: int | None = None, system: str | None = None
+    names: list[str], *, flag="--dataset", seed=42, num_proc=None, system=None, read=read_plain
 ) -> list[dict]:
-    """The rows of all `names`, laid out as above; what a row lacks of the others' columns is None.
+    """The rows of all `names`, laid out as above; what a row lacks of others' columns is None.
 
-    A name is a built-in, a file or a hub id; `#N` behind it draws N of its rows with `seed`. `num_proc`
-    processes prepare a hub dataset. `flag` opens error messages and tells which split of it to take.
+    A name is one that `read` knows, with `#N` behind it for N rows drawn with `seed`. The text
+    `system` opens prompts that have no system turn of their own. `num_proc` processes prepare a
+    dataset of the hub, and `flag` says which split of it is meant. What cannot be read is a
+    UsageError that opens with the flag and the name.
     """
     rows = []
     for name in names:
         try:
-            rows += _load_one(name, flag, seed, num_proc, system)
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            raise ValueError(f"{flag} {name}: {_one_line(error)}") from error
-    columns = dict.fromkeys(column for row in rows for column in row)
+            source, numbered = _draw(name, flag, seed, num_proc, read)
+            opening = system
+            if source in BUILTINS and system is None:
+                opening = read_system(str(GUIDE_PROMPT))
+            rows += _normalise(numbered, opening)
+        except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deep
+            raise UsageError(f"{flag} {name}: {one_line(error)}") from error
+    # Rewards are handed columns, not rows, so every row gets the columns of all.
+    columns = _columns(rows)
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
-def _load_one(name: str, flag: str, seed: int, num_proc: int | None, system: str | None) -> list[dict]:
-    source, mark, count = name.rpartition("#")
+def _draw(name, flag, seed, num_proc, read):
+    """The source that a name means, and the rows, by their numbers there from 1."""
+    source, mark, count = name.rpartition("#")  # "a.jsonl#100"
     if not mark or os.path.isfile(name):  # a file's own name may hold a #
         source, count = name, None
     elif not re.fullmatch("0*[1-9][0-9]*", count):
         raise ValueError(f"#{count} is not a number of rows; #1 or more works")
-    table = _read(source, flag, num_proc)
-    if not len(table):
+    table = read(source, flag, num_proc)
+    size = len(table)
+    if not size:
         raise ValueError("the dataset is empty; one row or more works")
-    picked = range(len(table))
+    picked = range(size)
     if count:
-        if int(count) > len(table):
-            raise ValueError(f"#{count} is more rows than there are; #1 to #{len(table)} work")
-        picked = sorted(random.Random(seed).sample(picked, int(count)))
-    if source in BUILTINS and system is None:
-        system = read_system(str(GUIDE_PROMPT))
-    return _normalise({i + 1: table[i] for i in picked}, system)
+        if int(count) > size:
+            raise ValueError(f"#{count} is more rows than there are; #1 to #{size} work")
+        drawn = random.Random(seed).sample(picked, int(count))
+        picked = sorted(drawn)  # the table's order, so that drawing all is drawing none
+    return source, {i + 1: table[i] for i in picked}
 
 
-def _normalise(rows: dict[int, dict], system: str | None) -> list[dict]:
-    """One dataset's rows, given by number, with their `prompt` and `solution`."""
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
-    question = next((c for c in QUESTIONS if any(row.get(c) for row in rows.values())), None)
-    if question is None:
-        raise ValueError(f"no question in {', '.join(columns)}; a column {_either(QUESTIONS)} works")
+def _columns(rows):
+    """The names of all columns, in the order in which they come up."""
+    return dict.fromkeys(column for row in rows for column in row)
+
+
+def _normalise(numbered, system):
+    """The rows of one dataset with their `prompt` and `solution`."""
+    rows = numbered.values()
+    columns = _columns(rows)
+    # A column with nothing in it gives way to the next, as an optional `messages` does.
+    filled = [c for c in QUESTIONS if any(row.get(c) for row in rows)]
+    if not filled:
+        known = ", ".join(columns)
+        raise ValueError(f"no question in {known}; a column {either(QUESTIONS)} works")
+    question = filled[0]  # one for all rows, so that none is read unlike the others
+    has_reference = "solution" in columns or "answer" in columns
     normalised = []
-    for number, row in rows.items():
+    for number, row in numbered.items():
         try:
-            if row.get(question) is None:
-                raise ValueError(f"no {question}, which other rows have; one layout a dataset works")
-            prompt, prose = _conversation(row[question], question)
-            if system and prompt[0]["role"] != "system":
-                prompt = [{"role": "system", "content": system}, *prompt]
-            solution = _reference(row) if columns.keys() & {"solution", "answer"} else prose
+            prompt, prose = _conversation(row.get(question), question)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-        kept = {"original_prompt" if column == "prompt" else column: value for column, value in row.items()}
+        # A row that brings a system turn of its own knows better than the flag.
+        if system and prompt[0]["role"] != "system":
+            prompt.insert(0, {"role": "system", "content": system})
+        # Where there is a column for references, an empty one means that this row has none.
+        solution = _reference(row) if has_reference else prose
+        kept = {RENAMED.get(column, column): value for column, value in row.items()}
         normalised.append({"prompt": prompt, **kept, "solution": solution})
     return normalised
 
 
-def _conversation(value: str | list[dict], column: str) -> tuple[list[dict], str | None]:
+def _conversation(value, column):
     """The turns up to the user's last one, and what the assistant says at the end, if anything."""
+    if value is None:
+        raise ValueError(f"no {column}, which other rows have; one layout a dataset works")
     if isinstance(value, str) and column != "messages":
         value = [{"role": "user", "content": value}]
     try:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in value]
-        "".join(text for turn in turns for text in turn.values()).encode()  # a lone surrogate fails here
+        # Fail here, with the row's number: what is no text, and half a surrogate pair.
+        for turn in turns:
+            "".join(turn.values()).encode()
     except (TypeError, KeyError):
-        raise ValueError(f"{column} is not a list of turns, each with a role and a content of text") from None
-    end = max((i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"), default=0)
-    if not end or not turns[end - 1]["content"].strip():
+        wanted = "a list of turns, each with a role and a content of text"
+        raise ValueError(f"{column} is not {wanted}") from None
+    prompt = list(turns)  # what the assistant says at the end is to be sampled, not given
+    while prompt and prompt[-1]["role"] != "user":
+        prompt.pop()
+    if not prompt or not prompt[-1]["content"].strip():
         raise ValueError(f"{column} asks nothing: the user's last turn is missing or empty")
-    return turns[:end], turns[-1]["content"] if turns[-1]["role"] == "assistant" else None
+    last = turns[-1]
+    return prompt, last["content"] if last["role"] == "assistant" else None
 
 
-def _reference(row: dict) -> str | list | dict | None:
-    for column in ("solution", "answer"):
-        value = row.get(column)
+def _reference(row):
+    for value in (row.get("solution"), row.get("answer")):
         if isinstance(value, list | dict):
             return value  # for rewards of one's own; accuracy cannot read it
         if value is not None and str(value).strip():
-            return str(value)
+            return str(value)  # 42 in JSON is "42"
     return None
 
 
 def check_solutions(rows: list[dict]) -> int:
-    """How many rows have no reference answer for accuracy to compare with; an error when none has, or one is no text."""
-    for row in rows:
-        if isinstance(row["solution"], list | dict):
-            kind = type(row["solution"]).__name__
-            raise ValueError(f"--reward_funcs accuracy: a row's reference is a {kind}; text or a number works")
-    missing = sum(row["solution"] is None for row in rows)
+    """How many rows have no reference for accuracy; UsageError if all, or if one is no text."""
+    flag = "--reward_funcs accuracy"
+    references = [row["solution"] for row in rows]
+    for reference in references:
+        if isinstance(reference, list | dict):
+            kind = type(reference).__name__
+            raise UsageError(f"{flag}: a row's reference is a {kind}; text or a number works")
+    missing = references.count(None)
     if missing == len(rows):
-        raise ValueError("--reward_funcs accuracy: no row has a reference; a column solution or answer works")
+        raise UsageError(f"{flag}: no row has a reference; a column solution or answer works")
     return missing
 
 
 def read_system(value: str | None) -> str | None:
-    """The system prompt that `--system` means: the text itself, or what the text file of that name holds."""
-    if not value or not (os.path.isfile(value) or re.search(r"\.(txt|md)$|^\S*/\S*$", value)):
-        return value or None
+    """The system prompt that `--system` means: the text itself, or what a file of that name holds.
+
+    UsageError for what looks like a file (some/path, or .txt or .md at its end) and cannot be read.
+    """
+    if not value:
+        return None
+    looks_like_file = re.search(r"\.(txt|md)$|^\S*/\S*$", value)
+    if not looks_like_file and not os.path.isfile(value):
+        return value
     try:
         text = Path(value).read_text(encoding="utf-8-sig").strip()
         if not text:
             raise ValueError("the file is empty")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--system {value}: {_one_line(error)}; a text file or text works") from error
+        works = "a text file or text works"
+        raise UsageError(f"--system {value}: {one_line(error)}; {works}") from error
     return text
 
 
-# Where rows come from ---------------------------------------------------------------------------------------
+# From prompts to tokens -------------------------------------------------------------------------
 
 
-def arithmetic(test: bool = False) -> list[dict]:
-    """Sums of two terms from 2 to 49 behind a worked example: 256 fixed questions to test, the rest to train.
-
-    Training asks neither a + b nor b + a of a test question, and neither asks the example. Its wording
-    is the best of three measured with the embedded model at temperature 0.9: of 256 completions, of 24 tokens
-    on average, 22 % were right and 49 % in the format.
-    """
-    terms, example = range(2, 50), (7, 12)
-    pairs = [pair for pair in itertools.combinations_with_replacement(terms, 2) if pair != example]
-    rng = random.Random(0)
-    tested = rng.sample(pairs, 256)
-    if test:
-        asked = [rng.sample(pair, 2) for pair in tested]
-    else:
-        trained = set(pairs) - set(tested)
-        asked = [pair for pair in itertools.product(terms, terms) if tuple(sorted(pair)) in trained]
-    shown = [
-        {"role": "user", "content": "What is 12 + 7?"},
-        {"role": "assistant", "content": "<think>12 + 7 = 19</think><answer>19</answer>"},
-    ]
-    return [
-        {"messages": [*shown, {"role": "user", "content": f"What is {a} + {b}?"}], "solution": str(a + b)}
-        for a, b in asked
-    ]
-
-
-def _read_json(path: Path) -> list[dict]:
-    """Rows of one list, or of one object a line, whichever of the two suffixes the file has."""
-    text = path.read_text(encoding="utf-8-sig")
-    is_list = text.lstrip().startswith("[")
-    rows = []
-    for number, line in enumerate([text] if is_list else text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                where = f"line {number + error.lineno - 1} is not JSON"
-                raise ValueError(f"{where} ({error.msg}); {JSON_WORKS}") from error
-            rows += value if is_list else [value]
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is not an object; {JSON_WORKS}")
-    return rows
-
-
-def _read_csv(path: Path) -> list[dict]:
-    csv.field_size_limit(2**31 - 1)  # from 131,072 characters
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        names = reader.fieldnames or []
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the header names {twice[0]} twice")
-        rows = list(reader)
-    for number, row in enumerate(rows, 1):
-        if None in row:  # where DictReader puts what the header has no name for
-            raise ValueError(f"row {number} has more fields than the header")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def _read_hub(source: str, flag: str, num_proc: int | None):
-    """A `datasets.Dataset`: the training split, or for --val_dataset that for validation or test."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    repo, _, subset = source.partition(":")  # such as openai/gsm8k:main
-    try:
-        splits = datasets.load_dataset(repo, subset or None, num_proc=num_proc)
-    except Exception as error:  # the hub has a dozen kinds
-        raise ValueError(f"cannot be loaded from the hub ({_one_line(error)}); {WORKS}") from error
-    wanted = ("validation", "test") if flag == "--val_dataset" else ("train",)
-    found = [name for name in wanted if name in splits] or list(splits)
-    if found[0] not in wanted and len(splits) > 1:
-        raise ValueError(f"no split {_either(wanted)} among {', '.join(splits)}")
-    return splits[found[0]]
-
-
-def _either(names) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300]
-    return text[:1].lower() + text[1:]
-
-
-BUILTINS = {"arithmetic": arithmetic, "arithmetic-test": functools.partial(arithmetic, test=True)}
-JSON_WORKS = "an object a line, or one list of them, works"
-READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-WORKS = f"{', '.join(BUILTINS)}, a {_either(READERS)} file, or a hub id such as AI-MO/NuminaMath-TIR works"
-
-
-def _read(source: str, flag: str, num_proc: int | None):
-    """Rows by index: a list, or a `datasets.Dataset`."""
-    path = Path(source)
-    if source in BUILTINS:
-        return BUILTINS[source]()
-    if path.suffix.lower() in READERS:
-        if not path.exists():
-            raise ValueError(f"no such file; {WORKS}")
-        return READERS[path.suffix.lower()](path)
-    if path.is_file():
-        raise ValueError(f"a {path.suffix or 'nameless'} file is not understood; {WORKS}")
-    if os.path.isdir(source) or re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", source):
-        return _read_hub(source, flag, num_proc)
-    close = difflib.get_close_matches(source, BUILTINS, n=1)
-    raise ValueError(f"no such dataset{f' (did you mean {close[0]}?)' if close else ''}; {WORKS}")
-
-
-# From rows to batches ---------------------------------------------------------------------------------------
-
-
-def encode(
-    rows: list[dict], tokenizer, max_length: int | None = None, num_proc: int | None = None
-) -> tuple[list[dict], int]:
+def encode(rows, tokenizer, max_length=None, num_proc=None) -> tuple[list[dict], int]:
     """The rows of at most `max_length` tokens with their `prompt_ids`, and how many were longer.
 
-    The ids are the chat template's, up to where the assistant begins. `num_proc` processes tokenize.
+    The ids are the chat template's, up to where the assistant begins. `num_proc` processes
+    tokenize. UsageError for a template that is missing or refuses a prompt, or if no row is left.
     """
     model = f"--model {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
-        raise ValueError(f"{model}: no chat template; an instruct model, or a chat_template.jinja, works")
+        works = "an instruct model, or a chat_template.jinja, works"
+        raise UsageError(f"{model}: no chat template; {works}")
 
-    def tokenize(row: dict) -> dict:
-        try:
-            ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # what a template may raise, such as Gemma's "System role not supported"
-            raise ValueError(f"{model}: its chat template refuses a prompt: {_one_line(error)}") from error
+    def tokenize(row):
+        try:  # not text first and ids then: that would put a second <s> before the template's own
+            ids = tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # what a template may raise: "System role not supported"
+            problem = f"its chat template refuses a prompt: {one_line(error)}"
+            raise UsageError(f"{model}: {problem}") from error
         return {"prompt_ids": ids}
 
     encoded = map(tokenize, rows)
-    if num_proc and num_proc > 1:
-        import datasets
+    processes = min(num_proc or 1, len(rows))
+    if processes > 1:
+        import datasets  # takes seconds, which only who asks for processes waits
 
+        # Prompts alone: other columns may mix types, which Arrow's tables refuse.
         datasets.disable_progress_bars()
         prompts = datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-        encoded = prompts.map(tokenize, num_proc=num_proc, keep_in_memory=True)
-    encoded = [{**row, "prompt_ids": new["prompt_ids"]} for row, new in zip(rows, encoded, strict=True)]
-    kept = [row for row in encoded if max_length is None or len(row["prompt_ids"]) <= max_length]
-    if encoded and not kept:
-        shortest = min(len(row["prompt_ids"]) for row in encoded)
-        raise ValueError(f"--max_length {max_length}: every prompt is longer; {shortest} keeps the shortest")
+        encoded = prompts.map(tokenize, num_proc=processes, keep_in_memory=True)
+    kept, lengths = [], []
+    for row, new in zip(rows, encoded):
+        ids = new["prompt_ids"]
+        lengths.append(len(ids))
+        if max_length is None or len(ids) <= max_length:
+            kept.append({**row, "prompt_ids": ids})  # a new row: the caller's stays as it is
+    if rows and not kept:
+        works = f"{min(lengths)} keeps the shortest"
+        raise UsageError(f"--max_length {max_length}: every prompt is longer; {works}")
     return kept, len(rows) - len(kept)
 
 
+# From prompts to batches ------------------------------------------------------------------------
+
+
 def split(rows: list[dict], ratio: float, seed: int = 42) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and the rows of `ratio` of the questions, at least one, to validate with."""
+    """Rows to train on, and the rows of `ratio` of the questions, at least one, to validate with.
+
+    Rows that differ in nothing but their system turns ask the same, and stay on the same side.
+    """
     flag = f"--split_dataset_ratio {ratio}"
     if not 0 < ratio < 1:
-        raise ValueError(f"{flag}: not a share of the rows; a number between 0 and 1 works")
-    asked = [json.dumps([turn for turn in row["prompt"] if turn["role"] != "system"]) for row in rows]
+        raise UsageError(f"{flag}: not a share of the rows; a number between 0 and 1 works")
+    asked = []
+    for row in rows:  # the same question from two datasets may stand behind two system turns
+        turns = [turn for turn in row["prompt"] if turn["role"] != "system"]
+        asked.append(json.dumps(turns))
+    # Each once. A set would do so, too, but in an order of its own in every process.
     questions = list(dict.fromkeys(asked))
-    if len(questions) < 2:
-        raise ValueError(f"{flag}: {len(questions)} question cannot be split; two, or a --val_dataset, work")
-    count = min(max(1, round(ratio * len(questions))), len(questions) - 1)
+    total = len(questions)
+    if total < 2:
+        raise UsageError(f"{flag}: {total} question cannot be split; two, or a --val_dataset, work")
+    count = max(1, round(ratio * total))
+    count = min(count, total - 1)  # or nothing would be left to train on
     held_out = set(random.Random(seed).sample(questions, count))
-    pairs = list(zip(rows, asked, strict=True))
-    return [row for row, q in pairs if q not in held_out], [row for row, q in pairs if q in held_out]
+    train, val = [], []
+    for row, question in zip(rows, asked):
+        side = val if question in held_out else train
+        side.append(row)
+    return train, val
 
 
 def step_rows(step: int, prompts_per_step: int, num_rows: int, seed: int) -> list[int]:
-    """Indices of the rows whose groups make batch `step` (from 0); the same on every rank and after a resume.
+    """Indices of the rows whose groups make batch `step` (from 0).
 
-    Batches are cut from an endless sequence of epochs, each of them all rows in an order of its own:
+    These four numbers decide, so ranks agree without a word, and a run that resumes goes on as if
+    it had not stopped. Batches are cut from an endless sequence of epochs, each of them all rows in
+    an order of its own:
 
         4 rows, 3 prompts a step     2 0 3 1 1 3 0 2 0 1 …
                                      └─0─┘ └─1─┘ └─2─┘
     """
-    places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
-    return [_epoch_order(place // num_rows, num_rows, seed)[place % num_rows] for place in places]
+    rows = []
+    first = step * prompts_per_step
+    for place in range(first, first + prompts_per_step):
+        epoch, position = divmod(place, num_rows)  # a batch may begin one epoch and end in the next
+        order = _epoch_order(epoch, num_rows, seed)
+        rows.append(order[position])
+    return rows
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_order(epoch: int, num_rows: int, seed: int) -> list[int]:
-    return random.Random(f"{seed} {epoch}").sample(range(num_rows), num_rows)
+@functools.lru_cache(maxsize=4)  # a step asks for its epoch's order once a prompt
+def _epoch_order(epoch, num_rows, seed):
+    rng = random.Random(f"{seed} {epoch}")  # as text, no two pairs are alike; sums would be
+    return rng.sample(range(num_rows), num_rows)
+
+
+def either(names) -> str:
+    """a, b or c"""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, ready to stand behind a colon."""
+    text = getattr(error, "strerror", None) or str(error)  # the first without number and path
+    text = " ".join(text.split())[:300]
+    return text[:1].lower() + text[1:]

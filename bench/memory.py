@@ -39,7 +39,14 @@ ROWS = {
 
 
 def flags_of(row: str, folder: str) -> list[str]:
-    flags = [*COMMON.split(), *ROWS[row].split(), "--output_dir", f"{folder}/run", "--torch_dtype", precision()]
+    flags = [
+        *COMMON.split(),
+        *ROWS[row].split(),
+        "--output_dir",
+        f"{folder}/run",
+        "--torch_dtype",
+        precision(),
+    ]
     return [*flags, "--model", f"{folder}/model"] if row == "no model" else flags
 
 
@@ -47,22 +54,28 @@ def small_model(folder: str) -> None:
     """A Llama of 30,000 parameters with the embedded model's tokenizer, cut to a vocabulary of its first tokens."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    import train
+    from run.flags import EMBEDDED_MODEL
 
-    tokenizer = AutoTokenizer.from_pretrained(train.EMBEDDED_MODEL)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=2, pad_token_id=2, **sizes)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=2, pad_token_id=2, **sizes
+    )
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def planned(row: str, folder: str) -> dict[str, float]:
     import dist
-    import plan
-    import train
+    from run import checks, flags, plan
 
-    args = train.parse_args([*flags_of(row, folder), "--dry_run", "true"])
-    _, found = plan.make(args, train.model_config(args), dist.find_world())
+    args = flags.parse_args([*flags_of(row, folder), "--dry_run", "true"])
+    _, found = plan.make(args, checks.model_config(args), dist.find_world())
     return plan.sums(found)
 
 
@@ -71,12 +84,20 @@ def child(flags: list[str]) -> None:
     import dist
     import rewards
     import train
+    from run import checkpoints
+    from run.flags import parse_args
 
-    def reward(completions, **_):  # numbers that differ within a group, so that every completion is trained on
+    def reward(
+        completions, **_
+    ):  # numbers that differ within a group, so that every completion is trained on
         return [random.Random(text).random() for text in completions]
 
     def since_last() -> int:
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        peak = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
         Path("/proc/self/clear_refs").write_text("5")
         return int(peak.split()[1]) * 1024
 
@@ -95,11 +116,11 @@ def child(flags: list[str]) -> None:
         setattr(owner, name, watched)
 
     rewards.orms["bench"] = reward
-    watch(train, "collect", "generate", before="start")
+    watch(train, "draw", "generate", before="start")
     watch(dist.ZeroAdamW, "backward", "backward")  # and all since the samples
     watch(dist.ZeroAdamW, "step", "update")
-    watch(train, "save", "save")
-    train.train(train.parse_args(flags), dist.find_world())
+    watch(checkpoints, "save", "save")
+    train.train(parse_args(flags), dist.find_world())
     print(json.dumps(peaks))
 
 
@@ -115,7 +136,10 @@ def main(rows: list[str]) -> None:
     file, results = Path(__file__).with_suffix(".json"), {}
     if rows and file.exists():
         results = json.loads(file.read_text())
-    print(f"{'GB':22}" + "".join(f"{moment:>10}" for moment in ("generate", "backward", "update", "save", "peak")))
+    print(
+        f"{'GB':22}"
+        + "".join(f"{moment:>10}" for moment in ("generate", "backward", "update", "save", "peak"))
+    )
     with tempfile.TemporaryDirectory() as folder:
         small_model(f"{folder}/model")
         for row in rows or ROWS:
@@ -125,9 +149,14 @@ def main(rows: list[str]) -> None:
             }
             print(row)
             for kind, moments in kinds.items():
-                moments.pop("start", None)  # what loading takes, from which the next moment may not have come down
+                moments.pop(
+                    "start", None
+                )  # what loading takes, from which the next moment may not have come down
                 moments["peak"] = max(moments.values())
-                print(f"  {kind:20.20}" + "".join(f"{value / 1e9:10.2f}" for value in moments.values()))
+                print(
+                    f"  {kind:20.20}"
+                    + "".join(f"{value / 1e9:10.2f}" for value in moments.values())
+                )
             results[row] = {"torch_dtype": precision()} | kinds
             file.write_text(json.dumps(results, indent=2) + "\n")
             error = kinds["planned"]["peak"] / kinds["measured"]["peak"] - 1

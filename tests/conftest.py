@@ -1,7 +1,10 @@
 """Small models with random weights and the real tokenizer, and train.py as a user starts it."""
 
+import contextlib
+import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -102,14 +105,45 @@ def plugin(tmp_path_factory) -> Path:
     return file
 
 
-def start_train(*flags, processes: int = 1, **env) -> subprocess.Popen:
+def flags_for(model_folder, plugin, output_dir, **changes) -> list[str]:
+    """A short float32 run on the built-in task with a reward that tells random completions apart."""
+    flags = {
+        "model": model_folder,
+        "torch_dtype": "float32",
+        "dataset": "arithmetic",
+        "external_plugins": plugin,
+        "reward_funcs": ["vowels", "format"],
+        "num_generations": 4,
+        "per_device_train_batch_size": 16,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "beta": 0.04,
+        "output_dir": output_dir,
+    } | changes
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def train_here(*flags) -> str:
+    """train.py in this process, which saves the seconds of a start → what it printed."""
+    import train
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train.main([str(flag) for flag in flags])
+    return out.getvalue()
+
+
+def start_train(*flags, processes: int = 1, root: Path = ROOT, **env) -> subprocess.Popen:
     """train.py in processes of its own, as a user starts it, one thread each."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
-        [*command, str(ROOT / "train.py"), *map(str, flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        [*command, str(root / "train.py"), *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
@@ -131,3 +165,34 @@ def run_train(*flags, processes: int = 1, check: bool = True, **env) -> subproce
 def read_metrics(folder: Path, evaluations: bool = False) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if any(name.startswith("eval/") for name in line) == evaluations]
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint folder, of the model or of the adapters."""
+    from safetensors.torch import load_file
+
+    is_lora = (checkpoint / "adapter_config.json").exists()
+    return load_file(checkpoint / ("adapter_model.safetensors" if is_lora else "model.safetensors"))
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    """Metrics without those that are times."""
+    return [{k: v for k, v in line.items() if "time/" not in k} for line in lines]
+
+
+def make_batch(groups=3, num_generations=4, longest=9, seed=0):
+    """Prompts of different lengths that begin alike, ragged completions, rewards; some completions
+    end with end-of-sequence, some are cut."""
+    rng = random.Random(seed)
+    beginning = [5, 6, 7, 8]
+    prompts, completions = [], []
+    for _ in range(groups):
+        prompt = beginning + [rng.randrange(3, 97) for _ in range(rng.randrange(1, 7))]
+        for _ in range(num_generations):
+            prompts.append(prompt)
+            length = rng.randrange(1, longest + 1)
+            completions.append([rng.randrange(3, 97) for _ in range(length)])
+            if rng.random() < 0.5:
+                completions[-1][-1] = 2
+    rewards = torch.tensor([rng.choice([0.0, 0.5, 1.0, 2.0]) for _ in prompts], dtype=torch.float64)
+    return prompts, completions, rewards

@@ -1,396 +1,343 @@
-"""The objective against a slow version that follows the paper line by line, against TRL, and against closed forms."""
+"""The objective against a slow version that follows the paper line by line, against TRL, and against
+closed forms; log-probabilities against one sequence at a time."""
 
-import random
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, make_batch, tiny_model
+from torch.nn.utils.rnn import pad_sequence
 
 import grpo
-import lora
 
-TEMPERATURE, EPSILON = 0.7, 0.2
+# Which of the family grpo.py computes: a row of PEERS. Whoever changes the objective changes this
+# word; then TRL, with these settings, says whether the change is right. The other rows wait for them.
+PEER = "grpo"
 
+TEMPERATURE, EPSILON, LONGEST, G = 0.7, 0.2, 9, 4
 
-def make_batch(groups=3, num_generations=4, longest=9, seed=0):
-    """Prompts of different lengths that begin alike, ragged completions; some end with end-of-sequence, some are cut."""
-    rng = random.Random(seed)
-    beginning = [5, 6, 7, 8]
-    prompts, completions = [], []
-    for _ in range(groups):
-        prompt = beginning + [rng.randrange(3, 97) for _ in range(rng.randrange(1, 7))]
-        for _ in range(num_generations):
-            prompts.append(prompt)
-            length = rng.randrange(1, longest + 1)
-            completions.append([rng.randrange(3, 97) for _ in range(length)])
-            if rng.random() < 0.5:
-                completions[-1][-1] = 2
-    rewards = torch.tensor([rng.choice([0.0, 0.5, 1.0, 2.0]) for _ in prompts], dtype=torch.float64)
-    return prompts, completions, rewards
+papers_own = pytest.mark.skipif(PEER != "grpo", reason="a promise of the paper's own objective")
 
 
-def slow_logps(model, prompt, completion):
-    """One sequence, one forward pass, no padding, no cache."""
+# Advantages, written down once more: of one group's rewards, (G,) → (G,).
+
+
+def z_scores(r):
+    return (r - r.mean()) / (r.std() + 1e-4)
+
+
+def centred(r):
+    return r - r.mean()
+
+
+def leave_one_out(r):
+    """Each reward less the mean of the others'."""
+    return torch.stack([r[i] - torch.cat([r[:i], r[i + 1 :]]).mean() for i in range(len(r))])
+
+
+# name → the advantage, TRL's settings, the options that the fork of grpo.py has beside epsilon and
+# beta. Entropy bonus: TRL takes the mean over all tokens, so its row is compared with slow loops.
+PEERS = {
+    "grpo": (z_scores, {"loss_type": "grpo"}, {}),
+    "dr_grpo": (centred, {"loss_type": "dr_grpo"}, {}),
+    "gspo": (z_scores, {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {}),
+    "rloo": (leave_one_out, {"loss_type": "grpo"}, {}),
+    "cispo": (z_scores, {"loss_type": "cispo", "epsilon_high": 1.3}, {"epsilon_high": 1.3}),
+    "bnpo": (z_scores, {"loss_type": "bnpo"}, {}),
+    "dapo": (z_scores, {"loss_type": "dapo", "epsilon_high": 0.28}, {"epsilon_high": 0.28}),
+    "entropy_bonus": (z_scores, None, {"entropy_coef": 0.1}),
+}
+
+
+def options_of(peer, beta):
+    """What the loss reads: the defaults, and what the tests set."""
+    own = PEERS[peer][2]
+    return SimpleNamespace(**vars(grpo.Options()) | {"epsilon": EPSILON, "beta": beta} | own)
+
+
+def slow_forward(model, prompt, completion):
+    """One sequence, one forward pass, no padding, no cache → log-probabilities and entropies."""
     logits = model(torch.tensor([prompt + completion])).logits[0] / TEMPERATURE
-    return torch.stack([logits[len(prompt) - 1 + t].log_softmax(0)[token] for t, token in enumerate(completion)])
+    logps, entropies = [], []
+    for t, token in enumerate(completion):
+        p = logits[len(prompt) - 1 + t].softmax(0)
+        logps.append(p[token].log())
+        entropies.append(torch.distributions.Categorical(probs=p).entropy())
+    return torch.stack(logps), torch.stack(entropies)
 
 
-def slow_loss(model, prompts, completions, rewards, G, old, ref, beta):
+def slow_loss(model, prompts, completions, advantages, old, ref, beta, entropy_coef=0.0):
     """Equations 3 and 4 of DeepSeekMath as two loops."""
     loss = 0.0
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-        group = rewards[i // G * G : i // G * G + G]
-        mean = sum(group) / G
-        std = (sum((r - mean) ** 2 for r in group) / (G - 1)) ** 0.5
-        advantage = (rewards[i] - mean) / (std + 1e-4)
-        logps = slow_logps(model, prompt, completion)
+        logps, entropies = slow_forward(model, prompt, completion)
         value = 0.0
         for t in range(len(completion)):
             ratio = torch.exp(logps[t] - (logps[t].detach() if old is None else old[i][t]))
             clipped = min(max(ratio, torch.tensor(1 - EPSILON)), torch.tensor(1 + EPSILON))
-            term = min(ratio * advantage, clipped * advantage)
+            term = min(ratio * advantages[i], clipped * advantages[i])
             if beta:
                 term = term - beta * (torch.exp(ref[i][t] - logps[t]) - (ref[i][t] - logps[t]) - 1)
-            value = value + term
+            value = value + term + entropy_coef * entropies[t]
         loss = loss - value / len(completion) / len(prompts)
     return loss
 
 
-def fast_loss(model, prompts, completions, rewards, G, old, ref, beta, micro=5):
-    """What train.py does, in micro-batches that cut through groups. Calls backward; returns the sum of the parts."""
+def our_loss(model, prompts, completions, rewards, old, ref, options, micro=5):
+    """What train.py does, in micro-batches that cut through groups: what has no gradient is left
+    out. Calls backward; returns the sum of the parts."""
     advantages, _ = grpo.group_advantages(rewards, G)
+    trained = grpo.has_gradient(advantages, options).nonzero()[:, 0].tolist()
+    normalizers = grpo.Normalizers(len(prompts), sum(map(len, completions)), LONGEST)
     total = 0.0
-    for i in range(0, len(prompts), micro):
-        part = slice(i, i + micro)
-        logps, _, mask = grpo.completion_logps(model, prompts[part], completions[part], TEMPERATURE)
-
-        def padded(rows, width=logps.shape[1]):
-            return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
-
+    for start in range(0, len(trained), micro):
+        part = trained[start : start + micro]
+        rows = [prompts[i] for i in part], [completions[i] for i in part]
+        logps, entropies, mask = grpo.completion_logps(model, *rows, TEMPERATURE)
+        own_old = logps.detach()
+        if old is not None:
+            own_old = pad_sequence([old[i] for i in part], batch_first=True)
+        own_ref = None
+        if options.beta:
+            own_ref = pad_sequence([ref[i] for i in part], batch_first=True)
         loss, _ = grpo.grpo_loss(
             logps,
-            logps.detach() if old is None else padded(old[part]),
-            padded(ref[part]) if beta else None,
+            entropies,
+            own_old,
+            own_ref,
             advantages[part],
             mask,
-            epsilon=EPSILON,
-            beta=beta,
-            num_completions=len(prompts),
+            options=options,
+            normalizers=normalizers,
         )
         loss.backward()
         total += loss.item()
     return total
 
 
+def assert_gradients_equal(model, twin, tolerance):
+    for (name, a), b in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(
+            a.grad, b.grad, atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert max(p.grad.abs().max() for p in model.parameters()) > 1e-3
+
+
+# The loss ---------------------------------------------------------------------------------------
+
+
+@papers_own
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loss_and_gradient_equal_the_paper_in_float64(beta, iterations):
     prompts, completions, rewards = make_batch()
     model, twin, reference = (tiny_model(dtype=torch.float64) for _ in range(3))
-    grpo.prepare(model)
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(1.05)  # so that there is a KL
-        ref = [slow_logps(reference, p, c) for p, c in zip(prompts, completions)]
-        old = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
+        ref = [slow_forward(reference, p, c)[0] for p, c in zip(prompts, completions)]
+        old = [slow_forward(model, p, c)[0] for p, c in zip(prompts, completions)]
+    advantages = torch.cat([z_scores(group) for group in rewards.split(G)])
     ratios_moved = False
     for iteration in range(iterations):
         model.zero_grad()
         twin.zero_grad()
         stale = None if iteration == 0 else old
-        loss = fast_loss(model, prompts, completions, rewards, 4, stale, ref, beta)
-        expected = slow_loss(twin, prompts, completions, rewards, 4, stale, ref, beta)
+        options = options_of("grpo", beta)
+        loss = our_loss(model, prompts, completions, rewards, stale, ref, options)
+        expected = slow_loss(twin, prompts, completions, advantages, stale, ref, beta)
         expected.backward()
         assert loss == pytest.approx(expected.item(), abs=1e-6)
-        for (name, a), b in zip(model.named_parameters(), twin.parameters()):
-            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
-        assert max(p.grad.abs().max() for p in model.parameters()) > 1e-3
+        assert_gradients_equal(model, twin, 1e-6)
         with torch.no_grad():
             for a, b in zip(model.parameters(), twin.parameters()):
                 a -= 0.1 * a.grad
                 b -= 0.1 * b.grad
-            new = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
+            new = [slow_forward(model, p, c)[0] for p, c in zip(prompts, completions)]
         ratios_moved |= max((n - o).abs().max() for n, o in zip(new, old)) > 0.3
     assert ratios_moved  # far enough for the clip to matter
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("iteration", [1, 3])
-def test_loss_and_gradient_equal_trl(beta, iteration, tokenizer, tmp_path):
+def test_advantages_loss_and_gradient_equal_the_peer(beta, iteration, request, tmp_path):
+    """TRL's loss, or slow loops, with advantages of their own, and with TRL's own pass."""
+    advantage, settings, own = PEERS[PEER]
+    prompts, completions, rewards = make_batch(groups=2)
+    rewards = rewards.float()
+    expected_advantages = torch.cat([advantage(group) for group in rewards.split(G)])
+    torch.testing.assert_close(grpo.group_advantages(rewards, G)[0], expected_advantages)
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")  # TRL reads its reference from where the policy came
+    twin = type(model).from_pretrained(tmp_path / "model").train()
+    with torch.no_grad():
+        logps, entropies, mask = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+    noise = torch.Generator().manual_seed(0)
+    noisy = [logps + 0.3 * torch.randn(logps.shape, generator=noise) for _ in range(2)]
+    old, ref = ([row[: len(c)] for row, c in zip(rows, completions)] for rows in noisy)
+    if iteration == 1:
+        old = None
+
+    if settings is None:
+        coefficient = own["entropy_coef"]
+        arguments = (expected_advantages, old, ref, beta, coefficient)
+        expected = slow_loss(twin, prompts, completions, *arguments)
+    else:
+        trainer = trl_trainer(twin, request.getfixturevalue("tokenizer"), tmp_path, beta, settings)
+        inputs = {
+            "advantages": expected_advantages,
+            "num_items_in_batch": mask.sum(),
+            "completion_mask": mask,
+            "completion_ids": grpo.pad(completions, "right", "cpu")[0],
+        }
+        inputs["prompt_ids"], inputs["prompt_mask"] = grpo.pad(prompts, "left", "cpu")
+        if old is not None:
+            inputs["old_per_token_logps"] = pad_sequence(old, batch_first=True)
+        if beta:
+            inputs["ref_per_token_logps"] = pad_sequence(ref, batch_first=True)
+        expected = trainer._compute_loss(twin, inputs)
+        entropy = ((entropies * mask).sum() / mask.sum()).item()
+        assert entropy == pytest.approx(trainer._metrics["train"]["entropy"][-1], abs=1e-4)
+    expected.backward()
+
+    options = options_of(PEER, beta)
+    loss = our_loss(model, prompts, completions, rewards, old, ref, options, micro=3)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert_gradients_equal(model, twin, 1e-5)
+
+
+def trl_trainer(model, tokenizer, folder, beta, settings):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    prompts, completions, rewards = make_batch(groups=2)
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "model")  # TRL reads its reference model from where the policy came
-    twin = type(model).from_pretrained(tmp_path / "model")
-    settings = trl.GRPOConfig(
-        output_dir=str(tmp_path),
-        loss_type="grpo",
-        beta=beta,
-        epsilon=EPSILON,
-        temperature=TEMPERATURE,
-        num_generations=4,
-        per_device_train_batch_size=8,
-        max_completion_length=9,
-        num_iterations=iteration,
-        use_bias_correction_kl=False,  # DeepSeek-V3.2's, not the paper's
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-    )
+    arguments = {
+        "beta": beta,
+        "epsilon": EPSILON,
+        "temperature": TEMPERATURE,
+        "num_generations": G,
+        "per_device_train_batch_size": 2 * G,
+        "max_completion_length": LONGEST,
+        "use_bias_correction_kl": False,  # DeepSeek-V3.2's, not the paper's
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+    }
     trainer = trl.GRPOTrainer(
-        model=twin,
+        model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=settings,
+        args=trl.GRPOConfig(output_dir=str(folder), **arguments | settings),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
-    advantages, _ = grpo.group_advantages(rewards.float(), 4)
-    prompt_ids, prompt_mask = grpo.pad(prompts, "left", "cpu")
-    completion_ids, completion_mask = grpo.pad(completions, "right", "cpu")
-    with torch.no_grad():
-        logps, entropies, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+    return trainer
+
+
+def random_batch(N=6, T=5):
+    """Arguments of `grpo_loss` in float64, with ratios that are clipped and two advantages of 0."""
     noise = torch.Generator().manual_seed(0)
-    old = logps + 0.3 * torch.randn(logps.shape, generator=noise) if iteration > 1 else None
-    ref = logps + 0.3 * torch.randn(logps.shape, generator=noise) if beta else None
-    inputs = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-        "advantages": advantages,
-        "ref_per_token_logps": ref,
-    }
-    if old is not None:
-        inputs["old_per_token_logps"] = old
-    twin.train()
-    expected = trainer._compute_loss(twin, inputs)
-    expected.backward()
-
-    rows = [logps.new_tensor(row) for row in logps.tolist()]
-    old_rows = [o[: len(c)] for o, c in zip(old, completions)] if old is not None else None
-    ref_rows = [r[: len(c)] for r, c in zip(ref, completions)] if beta else rows
-    loss = fast_loss(model, prompts, completions, rewards.float(), 4, old_rows, ref_rows, beta, micro=8)
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
-    for a, b in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
-    entropy = ((entropies * completion_mask).sum() / completion_mask.sum()).item()
-    assert entropy == pytest.approx(trainer._metrics["train"]["entropy"][-1], abs=1e-4)
+    logps, old, ref = torch.randn(3, N, T, generator=noise, dtype=torch.float64)
+    entropies, importance = torch.rand(2, N, T, generator=noise, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.5, 0.0, -2.0], dtype=torch.float64)
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (N, 1), generator=noise)).long()
+    tensors = (logps, entropies, old, ref, advantages, mask, importance)
+    return [x * mask if x.shape == mask.shape else x for x in tensors]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logps_equal_a_plain_forward_pass_on_every_architecture(architecture):
-    prompts, completions, _ = make_batch()
-    model = tiny_model(architecture)
-    expected = [slow_logps(model, p, c) for p, c in zip(prompts, completions)]
-    grpo.prepare(model)
-    logps, entropies, mask = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
-    for row, blanks, e in zip(logps, mask, expected):
-        torch.testing.assert_close(row[: len(e)], e, atol=1e-5, rtol=0)
-        assert blanks.tolist() == [1] * len(e) + [0] * (len(row) - len(e))
-        assert not row[len(e) :].any()
-    assert (entropies[mask.bool()] > 0).all() and not entropies.requires_grad
+def loss_of(tensors, rows=None, *, beta=0.04, with_ref=True):
+    """grpo_loss of some rows of a batch, as a part of the whole batch's."""
+    *_, mask, _ = tensors
+    normalizers = grpo.Normalizers(len(mask), int(mask.sum()), mask.shape[1])
+    part = [x if rows is None else x[rows] for x in tensors]
+    if not with_ref:
+        part[3] = None
+    return grpo.grpo_loss(*part, options=options_of(PEER, beta), normalizers=normalizers)
 
 
-def test_a_head_that_does_more_is_found():
-    assert all(grpo.head_is_plain(tiny_model(architecture)) for architecture in ARCHITECTURES)
-    model = tiny_model("llama")
-    model.config.logit_scale = 0.5  # a Llama's forward pass knows nothing of it
-    assert not grpo.head_is_plain(model)
+def test_the_parts_of_any_split_add_up_to_the_loss_and_the_metrics():
+    tensors = random_batch()
+    loss, metrics = loss_of(tensors)
+    for split in ([[0], [1, 2, 3, 4, 5]], [[4, 2], [0, 5], [3, 1]], [[i] for i in range(6)]):
+        parts = [loss_of(tensors, rows) for rows in split]
+        torch.testing.assert_close(sum(part for part, _ in parts), loss)
+        for name, value in metrics.items():
+            torch.testing.assert_close(sum(part[name] for _, part in parts), value)
+    assert metrics["loss"] == loss and not metrics["loss"].requires_grad
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_packed_pass_equals_the_plain_one(architecture, checkpointing):
-    """Gradients, with tables and pieces so small that every path is taken."""
-    prompts, completions, _ = make_batch(longest=30)
-    gradients = []
-    for packed in (False, True):
-        model = tiny_model(architecture, dtype=torch.float64).train()
-        if packed:
-            grpo.prepare(model)
-            assert model.config._attn_implementation == ("sdpa" if architecture == "deepseek3" else "grouped")
-            if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grpo, "QUERIES_AT_ONCE", 8)
-            patch.setattr(grpo, "MAX_SCORES", 2000)
-            logps, _, mask = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
-            (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps) * mask).sum().backward()
-        gradients.append([logps.detach(), *(p.grad for p in model.parameters())])
-    for plain, ours in zip(*gradients):
-        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)  # norms are in float32 whatever the model
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_has_gradient_names_the_completions_that_move_the_policy(beta):
+    tensors = random_batch()
+    tensors[2] = tensors[0].clone()  # a fresh batch, so that no clip takes a gradient away
+    for i in (0, 1):
+        tensors[i].requires_grad_()
+    loss, _ = loss_of(tensors, beta=beta, with_ref=beta > 0)
+    inputs = [tensors[0], tensors[1]]
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    moves = sum(g.abs().sum(1) for g in gradients) > 0
+    advantages = tensors[4]
+    assert grpo.has_gradient(advantages, options_of(PEER, beta)).tolist() == moves.tolist()
 
 
-def test_a_pack_holds_every_token_once_and_no_padding():
-    prompts, completions, _ = make_batch()
-    pack = grpo.Pack(prompts, completions, tiny_model("llama").config, "cpu")
-    rests = sum(len(prompt) - 4 for prompt in {tuple(prompt) for prompt in prompts})
-    assert pack.shared == 4 and pack.ids.shape == (1, 4 + rests + sum(len(c) - 1 for c in completions))
+def test_any_metric_of_the_objective_is_returned_as_a_mean(monkeypatch):
+    """Over a completion's tokens, then over completions, and without a gradient."""
+    tensors = random_batch()
+    tensors[0].requires_grad_()
+    objective = grpo.objective
+
+    def with_another(*arguments):
+        surrogate, metrics = objective(*arguments)
+        return surrogate, metrics | {"logp": arguments[0]}
+
+    monkeypatch.setattr(grpo, "objective", with_another)
+    _, metrics = loss_of(tensors)
+    rows = [row[m.bool()] for row, m in zip(tensors[0], tensors[5])]
+    expected = sum(row.mean() for row in rows) / len(rows)
+    torch.testing.assert_close(metrics["logp"], expected.detach())
+    assert not any(value.requires_grad for value in metrics.values())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_packed_pass_equals_the_plain_one_within_bfloat16_rounding(kind, embedded_model, monkeypatch):
-    """Both differ from float32 by as much; the head is applied to one token at a time."""
-    from transformers import AutoModelForCausalLM
-
-    def plain_forward(self, x):
-        low_rank = F.linear(x, self.lora_A.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low_rank, self.lora_B.to(x.dtype))
-
-    prompts, completions, _ = make_batch(groups=1, longest=10)
-    prompts, completions = ([[i + 1000 for i in row] for row in rows] for rows in (prompts, completions))
-    gradients = {}
-    for name, dtype in (("exact", torch.float32), ("plain", torch.bfloat16), ("packed", torch.bfloat16)):
-        model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=dtype)
-        if kind == "lora":
-            torch.manual_seed(0)
-            for _, layer in lora.layers(lora.inject(model, 16, 32)):
-                torch.nn.init.normal_(layer.lora_B, std=0.01)
-        with monkeypatch.context() as patch:
-            if name == "packed":
-                grpo.prepare(model)
-                assert model.config._attn_implementation == "grouped"
-                patch.setattr(grpo, "LOGITS_AT_ONCE", model.config.vocab_size)
-            else:
-                patch.setattr(lora.LoRALinear, "forward", plain_forward)
-            logps, _, _ = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
-            (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
-        parts = {"all": "", "head": "embed_tokens"} if kind == "full" else {"A": "lora_A", "B": "lora_B"}
-        gradients[name] = {
-            part: torch.cat(
-                [p.grad.float().flatten() for n, p in model.named_parameters() if p.requires_grad and key in n]
-            )
-            for part, key in parts.items()
-        }
-    for part, exact in gradients["exact"].items():
-        plain, packed = ((gradients[name][part] - exact).norm() / exact.norm() for name in ("plain", "packed"))
-        assert packed < 1.3 * plain < 0.3, part
+@papers_own
+def test_the_loss_weights_the_surrogate_and_not_the_kl():
+    new, entropies, old, ref, advantages, mask, importance = random_batch()
+    mask = torch.ones_like(mask)
+    tensors = (new, entropies, old, ref, advantages, mask, importance)
+    total = 0.0
+    for i, t in itertools.product(range(6), range(5)):  # slow and obvious
+        ratio = (new[i, t] - old[i, t]).exp()
+        surrogate = min(ratio * advantages[i], ratio.clamp(0.8, 1.2) * advantages[i])
+        total -= (surrogate * importance[i, t] - 0.04 * grpo.k3(new[i, t], ref[i, t])) / 30
+    assert loss_of(tensors)[0].item() == pytest.approx(total.item(), abs=1e-9)
 
 
-def test_a_model_that_drops_attention_out_takes_the_plain_pass():
-    model = tiny_model("llama", attention_dropout=0.5)
-    grpo.prepare(model)
-    prompts, completions, _ = make_batch()
-    a, b = (grpo.completion_logps(model.train(), prompts, completions, TEMPERATURE)[0] for _ in range(2))
-    assert not torch.equal(a, b)
+@papers_own
+def test_the_ratio_is_exactly_one_on_a_fresh_batch():
+    """So the loss is minus the mean advantage, which is 0, while its gradient is not."""
+    logps, mask = torch.randn(4, 5, requires_grad=True), torch.ones(4, 5)
+    advantages, _ = grpo.group_advantages(torch.tensor([0.0, 1.0, 1.0, 3.0]), 4)
+    tensors = (logps, torch.zeros(4, 5), logps.detach(), None, advantages, mask, None)
+    settings = {"options": options_of("grpo", 0.0), "normalizers": grpo.Normalizers(4, 20, 5)}
+    loss, metrics = grpo.grpo_loss(*tensors, **settings)
+    loss.backward()
+    assert abs(loss.item()) < 1e-7 and metrics["clip_ratio"] == 0 and "kl" not in metrics
+    torch.testing.assert_close(logps.grad, (-advantages[:, None] / 20).expand(4, 5))
 
 
-def test_norms_and_gates_are_replaced_where_they_are_the_models_own():
-    def replaced(model) -> list[str]:
-        return sorted({name.rpartition(".")[2] for name, m in model.named_modules() if "forward" in vars(m)})
-
-    model = tiny_model("llama")
-    grpo.prepare(model)
-    assert replaced(model) == ["input_layernorm", "mlp", "norm", "post_attention_layernorm"]
-
-    model = tiny_model("llama")
-    kind = type(model.model.norm)
-    doubled = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
-    for layer in model.model.layers:
-        layer.input_layernorm.__class__ = doubled  # looks like any other
-        layer.mlp.forward = partial(lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x))), layer.mlp)
-    prompts, completions, _ = make_batch()
-    expected = grpo.completion_logps(model, prompts, completions, TEMPERATURE)[0]
-    grpo.prepare(model)
-    torch.testing.assert_close(grpo.completion_logps(model, prompts, completions, TEMPERATURE)[0], expected)
-    assert replaced(model) == ["mlp"]
+@papers_own
+def test_clip_ratio_counts_the_tokens_whose_gradient_the_clip_takes_away():
+    logps = torch.tensor([[0.5, 0.5, -0.5, -0.5]]).repeat(2, 1).requires_grad_()
+    nothing, mask = torch.zeros(2, 4), torch.ones(2, 4)
+    tensors = (logps, nothing, nothing, None, torch.tensor([1.0, -1.0]), mask, None)
+    settings = {"options": options_of("grpo", 0.0), "normalizers": grpo.Normalizers(2, 8, 4)}
+    loss, metrics = grpo.grpo_loss(*tensors, **settings)
+    loss.backward()
+    assert metrics["clip_ratio"].item() == (logps.grad == 0).float().mean().item() == 0.5
 
 
-def test_what_is_made_again_is_made_once_for_all_readers_and_has_the_same_gradients():
-    x, *weights = (torch.randn(6, 6, 6, dtype=torch.float64).requires_grad_() for _ in range(4))
-    made, gradients = [], []
-
-    def square(x):
-        made.append(x)
-        return x * x
-
-    for again in (False, True):
-        with grpo.remaking():
-            y = grpo.remade(square, x) if again else square(x)
-            kept = [y @ weights[0], y.view(36, 6) @ weights[1][0], y.mT @ weights[2]]  # the last is no view as it lies
-            z = (grpo.remade(torch.square, x.mT) if again else x.mT.square()).mT  # nor was this one when it was made
-            kept.append(z * weights[0])
-        del y, z
-        made.clear()
-        gradients.append(torch.autograd.grad(sum(part.sum() for part in kept), [x, *weights]))
-    assert len(made) == 1 and not grpo.Remade.known
-    for plain, own in zip(*gradients):
-        torch.testing.assert_close(own, plain)
-
-
-def test_what_is_changed_in_place_is_not_made_again_and_what_it_is_made_of_must_not_change():
-    x, weight = (torch.randn(6, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
-    with grpo.remaking():
-        y = grpo.remade(torch.mul, x, 2.0)
-        y += 1.0
-        (y @ weight).sum().backward()
-        torch.testing.assert_close(weight.grad, y.detach().sum(0)[:, None].expand(6, 6))
-        inner = x * 1.0
-        out = grpo.remade(torch.mul, inner, 2.0) @ weight
-    inner += 1.0
-    with pytest.raises(RuntimeError, match="was changed in place"):
-        out.sum().backward()
-
-
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
-def test_the_heads_gradients_are_those_of_log_softmax(architecture, trained, monkeypatch):
-    """With a head that is trained and a frozen one, whose gradient is made ahead; in chunks of two tokens."""
-    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 2 * 97)
-    noise = torch.Generator().manual_seed(0)
-    hidden, upstream = (torch.randn(7, n, generator=noise, dtype=torch.float64) for n in (32, 1))
-    targets = torch.randint(97, (7,), generator=noise)
-    gradients = []
-    for ours in (False, True):
-        model, x = tiny_model(architecture, dtype=torch.float64), hidden.clone().requires_grad_()
-        head = model.get_output_embeddings().weight.requires_grad_(trained)
-        if ours:
-            logps, _ = grpo.logps_from_hidden_states(model, x, targets, TEMPERATURE)
-        else:
-            logits = grpo.logits_from_hidden_states(model, x) / TEMPERATURE
-            logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        (logps * upstream[:, 0]).sum().backward()
-        gradients.append([logps.detach(), x.grad] + [head.grad] * trained)
-    for plain, own in zip(*gradients):
-        torch.testing.assert_close(own, plain)
-
-
-def test_log_probabilities_need_no_table_of_tokens_by_vocabulary():
-    """8,000 tokens × 50,000 words in float32 are 1.6 GB, and the plain way takes several such tables."""
-    script = """
-import resource, torch, grpo
-from transformers import PretrainedConfig
-class Model(torch.nn.Module):
-    config = PretrainedConfig()
-    def __init__(self):
-        super().__init__()
-        self.head = torch.nn.Linear(16, 50_000, bias=False)
-    def get_output_embeddings(self):
-        return self.head
-model = Model()
-hidden = torch.randn(8000, 16, requires_grad=True)
-targets = torch.randint(50_000, (8000,))
-def run(n):
-    logps, _ = grpo.logps_from_hidden_states(model, hidden[:n], targets[:n], 0.9)
-    logps.sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-small = run(1400)
-print(run(8000) - small)
-"""
-    root = Path(grpo.__file__).parent
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
-    assert float(done.stdout) < 200  # MB
-
-
+@papers_own
 def test_advantages_are_the_group_z_scores():
     rewards = torch.tensor([0.0, 1.0, 1.0, 2.0, 0.1, 0.1, 0.1, 0.1])
     advantages, std = grpo.group_advantages(rewards, 4)
@@ -407,35 +354,63 @@ def test_k3_is_zero_at_equality_positive_elsewhere_and_unbiased():
     torch.testing.assert_close((p.exp() * grpo.k3(p, q)).sum(), expected)
 
 
-def test_the_ratio_is_exactly_one_on_a_fresh_batch():
-    """So the loss is minus the mean advantage, which is 0, while its gradient is not."""
-    logps = torch.randn(4, 5, requires_grad=True)
-    advantages, _ = grpo.group_advantages(torch.tensor([0.0, 1.0, 1.0, 3.0]), 4)
-    settings = {"epsilon": 0.2, "beta": 0.0, "num_completions": 4}
-    loss, metrics = grpo.grpo_loss(logps, logps.detach(), None, advantages, torch.ones(4, 5), **settings)
-    loss.backward()
-    assert abs(loss.item()) < 1e-7 and metrics["clip_ratio"] == 0 and "kl" not in metrics
-    torch.testing.assert_close(logps.grad, (-advantages[:, None] / 20).expand(4, 5))
-
-
-def test_clip_ratio_counts_the_tokens_whose_gradient_the_clip_takes_away():
-    logps = torch.tensor([[0.5, 0.5, -0.5, -0.5]]).repeat(2, 1).requires_grad_()
-    advantages = torch.tensor([1.0, -1.0])
-    settings = {"epsilon": 0.2, "beta": 0.0, "num_completions": 2}
-    loss, metrics = grpo.grpo_loss(logps, torch.zeros(2, 4), None, advantages, torch.ones(2, 4), **settings)
-    loss.backward()
-    assert metrics["clip_ratio"].item() == (logps.grad == 0).float().mean().item() == 0.5
-
-
-def test_a_head_that_is_trained_gets_the_gradient_of_one_product_however_many_chunks_it_is(monkeypatch):
-    """In bfloat16, as far from the exact one as the plain product's: a sum in bfloat16 loses what late chunks add."""
+def test_importance_weights_turn_samples_of_one_policy_into_means_under_another():
     torch.manual_seed(0)
-    hidden, targets = torch.randn(2000, 32).bfloat16(), torch.randint(0, 97, (2000,))
-    gradients = []
-    for dtype, size in ((torch.float64, 10**9), (torch.bfloat16, 10**9), (torch.bfloat16, 97)):
-        monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", size)
-        model = tiny_model(dtype=torch.bfloat16).to(dtype)
-        grpo.logps_from_hidden_states(model, hidden.to(dtype), targets, 1.0)[0].sum().backward()
-        gradients.append(model.lm_head.weight.grad.double())
-    exact, whole, chunks = gradients
-    assert (chunks - exact).norm() < 1.5 * (whole - exact).norm() < 0.02 * exact.norm()
+    old, engine = torch.randn(2, 6).log_softmax(-1)
+    drawn = torch.multinomial(engine.exp(), 200_000, replacement=True)
+    weights = grpo.importance_weights(old[drawn], engine[drawn], clip_max=1e9)
+    value = torch.randn(6)
+    expected = (old.exp() * value).sum().item()
+    assert (weights * value[drawn]).mean() == pytest.approx(expected, abs=0.02)
+    assert grpo.importance_weights(old[drawn], engine[drawn], clip_max=1.5).max() == 1.5
+    assert torch.equal(grpo.importance_weights(old, old, 3.0), torch.ones(6))
+
+
+# Log-probabilities ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logps_and_entropies_equal_one_sequence_at_a_time_on_every_architecture(architecture):
+    """Values, zeros behind them, and the gradient of both by all parameters."""
+    prompts, completions, _ = make_batch(groups=2, num_generations=2, longest=12)
+    model, twin = (tiny_model(architecture, dtype=torch.float64) for _ in range(2))
+    results = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+    rows = [slow_forward(twin, p, c) for p, c in zip(prompts, completions)]
+    slopes = torch.randn(2, *results[0].shape, generator=torch.Generator().manual_seed(0))
+    sums = [0.0, 0.0]
+    for which, own in enumerate(zip(*rows)):
+        expected = pad_sequence(own, batch_first=True)
+        torch.testing.assert_close(results[which], expected, atol=1e-5, rtol=0)
+        sums[0] += (results[which] * slopes[which]).sum()
+        sums[1] += (expected * slopes[which]).sum()
+    ones = [[1] * len(c) + [0] * (results[0].shape[1] - len(c)) for c in completions]
+    assert results[2].tolist() == ones and not results[0][results[2] == 0].any()
+    for total in sums:
+        total.backward()
+    for a, b in zip(model.parameters(), twin.parameters()):  # some norms are float32 whatever else
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_gives_every_logit_serves_as_well():
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, position_ids, use_cache):
+            arguments = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return self.model(input_ids, **arguments, use_cache=use_cache)
+
+    prompts, completions, _ = make_batch()
+    model = tiny_model()
+    expected = grpo.completion_logps(model, prompts, completions, TEMPERATURE)
+    results = grpo.completion_logps(Wrapped(model), prompts, completions, TEMPERATURE)
+    for own, other in zip(results, expected):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("name, out", [("bfloat16", "float32"), ("float64", "float64")])
+def test_logps_are_in_float32_or_in_the_models_own_if_that_is_more(name, out):
+    model = tiny_model(dtype=getattr(torch, name), num_hidden_layers=1)
+    logps, entropies, _ = grpo.completion_logps(model, [[5, 6]], [[7, 8]], 1.0)
+    assert logps.dtype == entropies.dtype == getattr(torch, out)

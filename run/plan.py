@@ -7,7 +7,7 @@ Not everything lives at once. A step has three moments, and a checkpoint is a fo
 and the peak is the moment of the largest sum:
 
     generate   the keys and values of all completions of the step                              sampler.py
-    backward   a micro-batch has run forward; what autograd kept of every layer waits          grpo.py, lora.py
+    backward   a micro-batch has run forward; what autograd kept of every layer waits          fast/
     update     the gradients are complete, the activations gone                                dist.py
     save       rank 0 collects the optimizer's whole state in its host's memory                train.py
 
@@ -25,18 +25,43 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import lora
+from data import UsageError
 from dist import World, has_bfloat16
-from grpo import LOGITS_AT_ONCE, MAX_SCORES, QUERIES_AT_ONCE
+from run import checks, flags, readers
+
+try:
+    from fast import LOGITS_AT_ONCE, MAX_SCORES, QUERIES_AT_ONCE
+except ImportError:  # without them there is nothing to plan
+    LOGITS_AT_ONCE = MAX_SCORES = QUERIES_AT_ONCE = None
 
 MOMENTS = ("generate", "backward", "update", "save")
 PROCESS = 0.62e9  # Python, its libraries and what they set up, on a CPU: bench/memory.py, a model of nearly no size
-LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # its linear layers
+LLAMA = {
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+}  # its linear layers
+
+
+@dataclass(frozen=True)
+class Options:
+    """plan"""
+
+    dry_run: Annotated[bool | int, "print what a run takes here, or on N GPUs for training"] = False
+    device_memory_gb: Annotated[
+        float | None, "whether a plan fits; 10^9 bytes a rank", "above 0"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +77,9 @@ class Term:
     formula: str
 
 
-def symbols(args: argparse.Namespace, config, ranks: int, longest: int, shared: int) -> dict[str, float]:
+def symbols(
+    args: argparse.Namespace, config, ranks: int, longest: int, shared: int
+) -> dict[str, float]:
     """The quantities that formulas are made of, by the letters of MEANING; "llama": whether the model is of its shape.
 
     longest: tokens of the longest prompt, the first `shared` of which all prompts begin with.
@@ -61,20 +88,35 @@ def symbols(args: argparse.Namespace, config, ranks: int, longest: int, shared: 
         model = AutoModelForCausalLM.from_config(config)
     config = config.get_text_config()
     sizes = [p.numel() for p in model.parameters()]  # tied ones once
-    kinds = model._no_split_modules or []  # class names of the parts that ZeRO-3 gathers by themselves
-    layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in kinds] or [0]
+    kinds = (
+        model._no_split_modules or []
+    )  # class names of the parts that ZeRO-3 gathers by themselves
+    layers = [
+        sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in kinds
+    ] or [0]
     names = dict(model.named_modules())
     linears = {name: m for name, m in names.items() if isinstance(m, torch.nn.Linear)}
     trained, is_lora = sizes, args.train_type == "lora"
     if is_lora:
         adapted = [linears[name] for name in lora.find_targets(model, args.target_modules)]
-        trained = [args.lora_rank * width for m in adapted for width in (m.in_features, m.out_features)]
+        trained = [
+            args.lora_rank * width for m in adapted for width in (m.in_features, m.out_features)
+        ]
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    experts = [getattr(config, name, None) or 0 for name in ("moe_intermediate_size", "num_experts_per_tok")]
-    inner = math.prod(experts) or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    experts = [
+        getattr(config, name, None) or 0
+        for name in ("moe_intermediate_size", "num_experts_per_tok")
+    ]
+    inner = (
+        math.prod(experts) or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    )
 
-    b, length, group = args.per_device_train_batch_size, args.max_completion_length, args.num_generations
+    b, length, group = (
+        args.per_device_train_batch_size,
+        args.max_completion_length,
+        args.num_generations,
+    )
     own = longest - shared
     batch = 0 if args.use_vllm else b * args.gradient_accumulation_steps
     if batch and (args.eval_steps or args.eval_on_start):
@@ -119,7 +161,11 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
     def add(name: str, formula: str, *moments: str) -> None:
         found.append(Term(name, eval(formula, {"max": max}, s), moments, formula))
 
-    on_gpu, lora_run, sharded = s["on_gpu"], args.train_type == "lora", args.deepspeed != "none" and s["N"] > 1
+    on_gpu, lora_run, sharded = (
+        s["on_gpu"],
+        args.train_type == "lora",
+        args.deepspeed != "none" and s["N"] > 1,
+    )
     zero3, gather = args.deepspeed == "zero3" and sharded, args.ds3_gather_for_generation
     by_n = "/N" if sharded else ""
     weights = "(w*P + 4*T)" if lora_run else "w*P"
@@ -127,7 +173,12 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("process", f"{PROCESS:.0f}", *MOMENTS)
     add("weights", weights + "/N" * zero3, *MOMENTS)
     if zero3:
-        add("gathered weights", "w*(E + 2*D)", "backward", *["generate"] * (not gather and s["B"] > 0))
+        add(
+            "gathered weights",
+            "w*(E + 2*D)",
+            "backward",
+            *["generate"] * (not gather and s["B"] > 0),
+        )
         if gather and s["B"]:  # vLLM gets one tensor at a time
             add("gathered weights", weights, "generate")
     if args.beta and not lora_run:
@@ -145,15 +196,23 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("gradients in flight", buckets if lora_run else f"max({buckets}, {head})", "backward")
     # Of a layer: what its two norms read (Qwen 3 has two more, Q = 1), the queries, keys and values, what o_proj reads,
     # and two of the inner size. Of the last norm what it reads.
-    if args.gradient_checkpointing:  # each layer's input; one at work, which keeps what norms and gate give, too
+    if (
+        args.gradient_checkpointing
+    ):  # each layer's input; one at work, which keeps what norms and gate give, too
         add("activations", "n*(L*w*H + w*(4*H + (2 + Q)*(q + k) + 5*I))", "backward")
-        add("attention", "5*w*S + w*b*C*(o + C/2)", "backward")  # scores at work; masks of all blocks
+        add(
+            "attention", "5*w*S + w*b*C*(o + C/2)", "backward"
+        )  # scores at work; masks of all blocks
     else:
         add("activations", "n*(L*w*(2*H + (2 + Q)*(q + k) + 2*I) + w*H)", "backward")
-        add("attention or gate", "max(5*w*S, 4*w*n*I) + w*b*C*(o + C/2)", "backward")  # whichever is at work
+        add(
+            "attention or gate", "max(5*w*S, 4*w*n*I) + w*b*C*(o + C/2)", "backward"
+        )  # whichever is at work
     add("logits", "(8 + 2*w)*R", "backward")
     if s["B"]:
-        add("cache", "2*w*L*k*(B*(o + C) + c)", "generate")  # keys and values of every row, and as they were prefilled
+        add(
+            "cache", "2*w*L*k*(B*(o + C) + c)", "generate"
+        )  # keys and values of every row, and as they were prefilled
         add("prefill", "c*(8*H + 3*w*I)", "generate")
         add("logits", f"B*V*(w + {12 + 24 * (args.top_p < 1 or args.top_k > 0)})", "generate")
         fast = s["w"] == 4 or has_bfloat16(torch.device("cpu"))
@@ -163,9 +222,13 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
     add("whole state", f"{bytes_to_save(s)}*T" if not on_gpu else "4*K", "save")
 
     if s["N"] > 1:
-        passes = "(3*A + 1)" if args.beta else "(2*A + 1)"  # forward, backward, reference; generation
+        passes = (
+            "(3*A + 1)" if args.beta else "(2*A + 1)"
+        )  # forward, backward, reference; generation
         passes = passes if gather else passes.replace("1)", "C)")
-        moved = f"({passes}*{weights} + A*t*T)" if zero3 else "(A + 1)*t*T" if sharded else "2*A*t*T"
+        moved = (
+            f"({passes}*{weights} + A*t*T)" if zero3 else "(A + 1)*t*T" if sharded else "2*A*t*T"
+        )
         add("bytes sent", f"{moved}*(N - 1)/N")
     passes = (4 if lora_run else 6) + 2 * (args.beta > 0) + 2 * args.gradient_checkpointing
     add("FLOPs to train", f"{passes}*P*n*A")
@@ -182,7 +245,9 @@ def bytes_to_save(s: dict[str, float]) -> int:
 
 def sums(found: list[Term]) -> dict[str, float]:
     """Bytes that live in each moment; the largest is the peak."""
-    return {moment: sum(term.value for term in found if moment in term.moments) for moment in MOMENTS}
+    return {
+        moment: sum(term.value for term in found if moment in term.moments) for moment in MOMENTS
+    }
 
 
 def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int]:
@@ -193,9 +258,15 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
     """
     rows, longest, shared, at_least = None, args.max_length, 0, 1
     split = args.eval_steps and not args.val_dataset
-    sources = [name if os.path.isfile(name) else name.rpartition("#")[0] or name for name in args.dataset]
-    if all(name in data.BUILTINS or Path(name).suffix.lower() in data.READERS for name in sources):
-        table = data.load_rows(args.dataset, seed=args.seed, system=data.read_system(args.system))
+    sources = [
+        name if os.path.isfile(name) else name.rpartition("#")[0] or name for name in args.dataset
+    ]
+    if all(
+        name in data.BUILTINS or Path(name).suffix.lower() in readers.READERS for name in sources
+    ):
+        table = data.load_rows(
+            args.dataset, seed=args.seed, system=data.read_system(args.system), read=readers.read
+        )
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
         except (OSError, ValueError):  # there is none
@@ -210,20 +281,31 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
     elif all("#" in name for name in args.dataset):
         for name in args.dataset:
             if not re.fullmatch("0*[1-9][0-9]*", name.rpartition("#")[2]):
-                raise ValueError(f"--dataset {name}: no number of rows behind #; #1 or more works")
+                raise UsageError(f"--dataset {name}: no number of rows behind #; #1 or more works")
         rows = sum(int(name.rpartition("#")[2]) for name in args.dataset)
         rows -= max(1, round(args.split_dataset_ratio * rows)) if split else 0
     if longest is None:
-        raise ValueError(
+        raise UsageError(
             f"--dataset {' '.join(args.dataset)}: a plan does not know its prompts; --max_length N bounds them"
         )
     room = config.max_position_embeddings - args.max_completion_length
     if room < at_least:
-        raise ValueError(
+        raise UsageError(
             f"--max_completion_length {args.max_completion_length}: with a prompt of {at_least} token{'s' * (at_least > 1)} "
             f"or more that is beyond the model's {config.max_position_embeddings}; a shorter one works"
         )
     return rows, min(longest, room), shared
+
+
+def dry_run(args: argparse.Namespace, world: World) -> int:
+    """Say what the run would be → exit status."""
+    flags.check(args, world.size if args.dry_run is True else args.dry_run)
+    if args.plain or LOGITS_AT_ONCE is None:
+        raise UsageError(
+            "--dry_run: plans the quick parts alone; --plain false, with the folder fast/, works"
+        )
+    config = checks.model_config(args)
+    return show(args, config, world) if world.is_main else 0
 
 
 def make(args: argparse.Namespace, config, world: World) -> tuple[dict[str, float], list[Term]]:
@@ -231,7 +313,11 @@ def make(args: argparse.Namespace, config, world: World) -> tuple[dict[str, floa
     here = args.dry_run is True
     ranks, on_gpu = (world.size, world.device.type == "cuda") if here else (args.dry_run, True)
     rows, longest, shared = find_prompts(args, config.get_text_config())
-    s = symbols(args, config, ranks, longest, shared) | {"rows": rows, "prompt": longest, "on_gpu": on_gpu}
+    s = symbols(args, config, ranks, longest, shared) | {
+        "rows": rows,
+        "prompt": longest,
+        "on_gpu": on_gpu,
+    }
     return s, terms(args, s)
 
 
@@ -240,9 +326,15 @@ def show(args: argparse.Namespace, config, world: World) -> int:
     s, found = make(args, config, world)
     group, limit = args.num_generations, args.device_memory_gb
     groups = s["N"] * s["b"] * s["A"] // group
-    steps = s["rows"] and math.ceil(args.num_train_epochs * args.num_iterations * s["rows"] / groups)
+    steps = s["rows"] and math.ceil(
+        args.num_train_epochs * args.num_iterations * s["rows"] / groups
+    )
     used = {letter for term in found for letter in re.findall(r"[A-Za-z]\b", term.formula)}
-    told = ", ".join(f"{letter} = {s[letter]:,} {meaning}" for letter, meaning in MEANING.items() if letter in used)
+    told = ", ".join(
+        f"{letter} = {s[letter]:,} {meaning}"
+        for letter, meaning in MEANING.items()
+        if letter in used
+    )
     print(f"{s['N']} × {'a GPU' if s['on_gpu'] else 'a process on CPUs'}, --deepspeed {args.deepspeed}; {config.model_type}, "
           f"--train_type {args.train_type}; prompts of {s['prompt']} tokens, completions of {s['C']}, at the longest")  # fmt: skip
     print(f"a step: {groups * group} completions, {groups} groups of {group}; steps: "
@@ -256,7 +348,11 @@ def show(args: argparse.Namespace, config, world: World) -> int:
     print(f"{'GB a rank':20}" + "".join(f"{moment:>9}" for moment in MOMENTS) + "   bytes")
     for term in found:
         if term.moments:
-            line(term.name, (term.value if moment in term.moments else None for moment in MOMENTS), term.formula)
+            line(
+                term.name,
+                (term.value if moment in term.moments else None for moment in MOMENTS),
+                term.formula,
+            )
     total = sums(found)
     line("sum", total.values())
     print()
@@ -270,10 +366,14 @@ def show(args: argparse.Namespace, config, world: World) -> int:
         print(f"vLLM's engine, on a GPU of its own that is not counted here: {s['w'] * s['P'] / 1e9:.2f} GB of weights, "
               f"w·P, and {2 * s['w'] * s['L'] * s['k']:,} bytes a token, 2·w·L·k; on the only GPU, both come on top")  # fmt: skip
     if not s["llama"]:
-        print("not of Llama's shape: attention, cache and FLOPs are estimates, and activations up to 2.5 times as much")
+        print(
+            "not of Llama's shape: attention, cache and FLOPs are estimates, and activations up to 2.5 times as much"
+        )
     moment, most = max(total.items(), key=lambda item: item[1])
     fits = limit is None or most <= limit * 1e9
-    verdict = "" if limit is None else f": {'fits' if fits else 'more than'} --device_memory_gb {limit:g}"
+    verdict = (
+        "" if limit is None else f": {'fits' if fits else 'more than'} --device_memory_gb {limit:g}"
+    )
     print(f"peak {most / 1e9:.2f} GB, {moment}{verdict}")
     if not fits:
         recompute, would = {"gradient_checkpointing": True}, []
@@ -281,7 +381,11 @@ def show(args: argparse.Namespace, config, world: World) -> int:
         for change in (zero2, zero3, recompute, zero2 | recompute, zero3 | recompute):
             if all(getattr(args, name) != value for name, value in change.items()):
                 other = max(sums(terms(argparse.Namespace(**vars(args) | change), s)).values())
-                would.append((other, " ".join(f"--{n} {str(v).lower()}" for n, v in change.items())))
+                would.append(
+                    (other, " ".join(f"--{n} {str(v).lower()}" for n, v in change.items()))
+                )
         for other, flags in [w for w in would if w[0] <= limit * 1e9] or sorted(would)[:1]:
-            print(f"{flags} would take {other / 1e9:.2f} GB" + ", still more" * (other > limit * 1e9))
+            print(
+                f"{flags} would take {other / 1e9:.2f} GB" + ", still more" * (other > limit * 1e9)
+            )
     return 0 if fits else 1

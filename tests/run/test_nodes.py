@@ -36,8 +36,16 @@ def free_port() -> int:
 @contextmanager
 def started(commands):
     """The commands, (words, changes of Popen's arguments) each, as processes; none outlives the block."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    processes = [subprocess.Popen(words, **pipes | {"env": ENVIRONMENT} | changes) for words, changes in commands]
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
+    processes = [
+        subprocess.Popen(words, **pipes | {"env": ENVIRONMENT} | changes)
+        for words, changes in commands
+    ]
     try:
         yield processes
     finally:
@@ -59,14 +67,23 @@ def nodes():
     """Two network namespaces joined by a cable."""
     names = [f"grpo-{os.getpid()}-{side}" for side in "ab"]
     a, b = names
-    commands = [f"netns add {a}", f"netns add {b}", f"link add cable netns {a} type veth peer name cable netns {b}"]
+    commands = [
+        f"netns add {a}",
+        f"netns add {b}",
+        f"link add cable netns {a} type veth peer name cable netns {b}",
+    ]
     for name, address in zip(names, ADDRESSES):
         commands += [f"-n {name} addr add {address}/24 dev cable"]
         commands += [f"-n {name} link set {device} up" for device in ("lo", "cable")]
     try:
         for command in commands:
-            if not shutil.which("ip") or subprocess.run(["ip", *command.split()], capture_output=True).returncode:
-                pytest.skip(f"ip {command} failed: this test needs iproute2, and root that may add network namespaces")
+            if (
+                not shutil.which("ip")
+                or subprocess.run(["ip", *command.split()], capture_output=True).returncode
+            ):
+                pytest.skip(
+                    f"ip {command} failed: this test needs iproute2, and root that may add network namespaces"
+                )
         yield names
     finally:
         for name in names if shutil.which("ip") else ():
@@ -75,41 +92,88 @@ def nodes():
 
 def on_node(nodes, disks, number, port, flags):
     """torchrun on a node with a disk, host name and resolver of its own."""
-    (disks[number] / "hosts").write_text(f"127.0.0.1 localhost\n{ADDRESSES[number]} node-{number}\n")
+    (disks[number] / "hosts").write_text(
+        f"127.0.0.1 localhost\n{ADDRESSES[number]} node-{number}\n"
+    )
     setup = f"hostname node-{number} && mount --bind hosts /etc/hosts && mount --bind /dev/null /etc/resolv.conf"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(number)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--node_rank",
+        str(number),
+    ]
     torchrun += ["--master_addr", ADDRESSES[0], "--master_port", str(port), "--nproc_per_node", "1"]
-    words = ["ip", "netns", "exec", nodes[number], "unshare", "--uts", "sh", "-c", f'{setup} && exec "$@"', "sh"]
+    words = [
+        "ip",
+        "netns",
+        "exec",
+        nodes[number],
+        "unshare",
+        "--uts",
+        "sh",
+        "-c",
+        f'{setup} && exec "$@"',
+        "sh",
+    ]
     return [*words, *torchrun, str(ROOT / "train.py"), *flags], {"cwd": disks[number]}
 
 
 def processes_of(node):
-    return subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        ["ip", "netns", "pids", node], capture_output=True, text=True
+    ).stdout.split()
 
 
-def test_a_node_that_is_cut_off_is_named_all_end_and_the_run_goes_on(nodes, model_folder, plugin, tmp_path):
+def test_a_node_that_is_cut_off_is_named_all_end_and_the_run_goes_on(
+    nodes, model_folder, plugin, tmp_path
+):
     disks = [tmp_path / "a", tmp_path / "b"]
     for disk in disks:
         disk.mkdir()
         shutil.copy(plugin, disk)
-    flags = flags_for(model_folder, plugin.name, "--deepspeed", "zero2", "--save_steps", "2", "--node_timeout", "3")
+    flags = flags_for(
+        model_folder,
+        plugin.name,
+        "--deepspeed",
+        "zero2",
+        "--save_steps",
+        "2",
+        "--node_timeout",
+        "3",
+    )
     commands = [on_node(nodes, disks, n, 29500, [*flags, "--max_steps", "100000"]) for n in (0, 1)]
     with started(commands) as processes:
         deadline = time.monotonic() + 60
         while not (disks[0] / "output" / "checkpoint-2").exists():
-            assert time.monotonic() < deadline and processes[0].poll() is None, processes[0].communicate()[0]
+            assert time.monotonic() < deadline and processes[0].poll() is None, processes[
+                0
+            ].communicate()[0]
             time.sleep(0.1)
         subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "down"], check=True)
         outputs = [process.communicate(timeout=15)[0] for process in processes]
     subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "up"], check=True)
-    assert re.search(r"lost rank 1 on node-1: out of reach .* goes on from output/checkpoint-\d+", outputs[0]), outputs
-    assert re.search(r"lost rank 0 on node-0: out of reach .* goes on from rank 0's newest", outputs[1]), outputs
+    assert re.search(
+        r"lost rank 1 on node-1: out of reach .* goes on from output/checkpoint-\d+", outputs[0]
+    ), outputs
+    assert re.search(
+        r"lost rank 0 on node-0: out of reach .* goes on from rank 0's newest", outputs[1]
+    ), outputs
     assert not processes_of(nodes[0]) and not processes_of(nodes[1])
     assert not (disks[1] / "output").exists()  # only rank 0 writes
 
     kept = sorted(int(p.name.split("-")[1]) for p in (disks[0] / "output").glob("checkpoint-*"))
     last = kept[-1] + 2
-    flags += ["--max_steps", last, "--resume_from_checkpoint", "true", "--lr_scheduler_type", "constant"]
+    flags += [
+        "--max_steps",
+        last,
+        "--resume_from_checkpoint",
+        "true",
+        "--lr_scheduler_type",
+        "constant",
+    ]
     with started(on_node(nodes, disks, n, 29501, [*map(str, flags)]) for n in (0, 1)) as processes:
         outputs = [process.communicate(timeout=90)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -131,18 +195,33 @@ def test_a_node_that_is_cut_off_is_named_all_end_and_the_run_goes_on(nodes, mode
 
 def ranks_of(commands, **changes):
     """A command for each rank, started by hand: plain environment variables, no torchrun."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))} | changes
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(len(commands)),
+    } | changes
     places = [{"RANK": str(rank), "GROUP_RANK": str(rank)} for rank in range(len(commands))]
-    return [(words, {"env": ENVIRONMENT | common | place}) for words, place in zip(commands, places)]
+    return [
+        (words, {"env": ENVIRONMENT | common | place}) for words, place in zip(commands, places)
+    ]
 
 
 @pytest.mark.parametrize("case", ["flag", "rows"])
-def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(case, model_folder, plugin, tmp_path):
+def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(
+    case, model_folder, plugin, tmp_path
+):
     commands = []
     for rank in (0, 1):
-        (tmp_path / f"{rank}.jsonl").write_text("".join(f'{{"prompt": "{n}?"}}\n' for n in range(8 + rank)))
-        changes = {"flag": ["--temperature", 0.7 + rank], "rows": ["--dataset", tmp_path / f"{rank}.jsonl"]}[case]
-        flags = flags_for(model_folder, plugin, "--max_steps", 1, "--output_dir", tmp_path / str(rank), *changes)
+        (tmp_path / f"{rank}.jsonl").write_text(
+            "".join(f'{{"prompt": "{n}?"}}\n' for n in range(8 + rank))
+        )
+        changes = {
+            "flag": ["--temperature", 0.7 + rank],
+            "rows": ["--dataset", tmp_path / f"{rank}.jsonl"],
+        }[case]
+        flags = flags_for(
+            model_folder, plugin, "--max_steps", 1, "--output_dir", tmp_path / str(rank), *changes
+        )
         commands.append([sys.executable, str(ROOT / "train.py"), *flags])
     with started(ranks_of(commands)) as processes:
         outputs = [process.communicate(timeout=60)[0] for process in processes]
@@ -150,7 +229,9 @@ def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(case,
     values = {"flag": ("0.7", "1.7"), "rows": (r"\(8 rows, \w+\)", r"\(9 rows, \w+\)")}[case]
     flag = {"flag": "--temperature", "rows": "--dataset"}[case]
     here = socket.gethostname()
-    expected = f"train.py: {flag} {values[0]}: on rank 0 on {here}, but {values[1]} on rank 1 on {here}; "
+    expected = (
+        f"train.py: {flag} {values[0]}: on rank 0 on {here}, but {values[1]} on rank 1 on {here}; "
+    )
     assert re.search(f"^{expected}", outputs[0], re.M) and "train.py:" not in outputs[1], outputs
     assert not (tmp_path / "0").exists() and not (tmp_path / "1").exists()
 
@@ -161,8 +242,12 @@ def test_nodes_with_other_weights_are_named(model_folder, plugin, tmp_path):
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     folders = [model_folder, other]
-    flags = [flags_for(f, plugin, "--max_steps", 1, "--output_dir", tmp_path / f.name) for f in folders]
-    with started(ranks_of([[sys.executable, str(ROOT / "train.py"), *words] for words in flags])) as processes:
+    flags = [
+        flags_for(f, plugin, "--max_steps", 1, "--output_dir", tmp_path / f.name) for f in folders
+    ]
+    with started(
+        ranks_of([[sys.executable, str(ROOT / "train.py"), *words] for words in flags])
+    ) as processes:
         outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], outputs
     here = socket.gethostname()
@@ -188,9 +273,13 @@ def rank_of_a_run(case: str) -> None:
     if case == "late" and world.rank == 2:
         time.sleep(4 * TIMEOUT + 1)
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.PrefixStore("train/0", torch.distributed.TCPStore(*address, is_master=False))
+        store = torch.distributed.PrefixStore(
+            "train/0", torch.distributed.TCPStore(*address, is_master=False)
+        )
         port = int(store.get("watch").split()[0])
-        socket.create_connection(("127.0.0.1", port)).close()  # a stranger, who looks for open ports
+        socket.create_connection(
+            ("127.0.0.1", port)
+        ).close()  # a stranger, who looks for open ports
     try:
         watch = dist.start(world, TIMEOUT, lost, meeting)
     except ValueError as error:
@@ -248,13 +337,18 @@ def test_a_rank_that_ends_early_holds_pythons_lock_or_comes_late_is_not_lost(cas
 
 def test_ranks_that_never_come_and_a_port_in_use_are_one_line():
     with socket.create_server(("", 0)) as server:
-        taken = ranks_of([[sys.executable, __file__, "taken"]] * 2, MASTER_PORT=str(server.getsockname()[1]))[:1]
+        taken = ranks_of(
+            [[sys.executable, __file__, "taken"]] * 2, MASTER_PORT=str(server.getsockname()[1])
+        )[:1]
         absent = ranks_of([[sys.executable, __file__, "absent"]] * 3)
         unreached = ranks_of([[sys.executable, __file__, "absent"]] * 2)[1:]
         with started([*taken, *absent[:2], *unreached]) as processes:
             outputs = [process.communicate(timeout=30)[0].splitlines() for process in processes]
     said = [[line for line in lines if line.startswith("--")] for lines in outputs]
-    assert "in use on this machine" in said[0][0] and "--nnodes: rank 2 of 3 did not come" in said[1][0], outputs
+    assert (
+        "in use on this machine" in said[0][0]
+        and "--nnodes: rank 2 of 3 did not come" in said[1][0]
+    ), outputs
     assert "did not meet rank 0 there within 3 s" in said[3][0], outputs
     assert processes[2].returncode and "Traceback" not in str(outputs)
 

@@ -1,0 +1,284 @@
+"""Decoding in fewer operations, in the place of sampler.Decoder.
+
+What a step of few rows costs is the number of its operations, and reading the weights and the cache.
+
+    sampler.Decoder   the model's own forward on a padded batch
+    PackedDecoder     prompts prefilled in one row without padding; what all begin with is kept once:
+
+                      keys of row b   [ what all prompts begin with | rest of its prompt, its tokens ]
+                                        one product for all rows      one product for each
+
+    LlamaDecoder      the same for models of Llama's shape, in a third of the operations: one product
+                      for all linear layers that read the same input, their adapters among them
+
+`choose` says which of them serves a model. To try a new idea (a quantized cache, speculation), write
+another class with `logits`, `step` and `keep`, and choose it there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+import lora
+from dist import forward, gathered, has_bfloat16
+from fast.head import logits_from_hidden_states
+from fast.packed import Pack
+from grpo import pad
+from sampler import ROOM, Decoder
+
+
+def choose(model: nn.Module, layerwise: bool = False) -> type[Decoder]:
+    """The quickest decoder that gives this model's own logits.
+
+    layerwise: the model's layers are gathered one at a time (ZeRO-3), by its own forward, so that
+    stays. Collective where parameters are sharded.
+    """
+    if model.config._attn_implementation != "grouped":
+        return Decoder
+    if layerwise:
+        return PackedDecoder
+    with gathered(model):
+        return LlamaDecoder if decodes_like_llama(model) else PackedDecoder
+
+
+@torch.inference_mode()
+def decodes_like_llama(model: nn.Module) -> bool:
+    """Whether `LlamaDecoder` gives the model's own logits, tried on two prompts."""
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None):
+        return False
+    a, b, c, d = ((config.vocab_size // 2 + i) % config.vocab_size for i in range(4))
+    # Long enough that positions count.
+    prompts = [a, b] + [a, c, d] * 20 + [b], [a, c] + [b, d, a, a] * 20
+    rows = torch.tensor([0, 1, 1], device=next(model.parameters()).device)
+    limit = 0.05 if model.dtype == torch.bfloat16 else 1e-3
+    try:
+        general, quick = PackedDecoder(model, prompts, rows), LlamaDecoder(model, prompts, rows)
+        for token in (rows.new_tensor([b, c, d]), rows.new_tensor([d, d, a])):
+            expected, logits = general.step(token), quick.step(token)
+    except (AttributeError, RuntimeError, TypeError):  # it has other parts
+        return False
+    return bool((expected - logits).norm() <= limit * expected.norm())
+
+
+# Packed prompts ---------------------------------------------------------------------------------
+
+
+class PackedDecoder(Decoder):
+    """Decoder of a model that packs (fast/packed.py): attention is "grouped".
+
+    Prompts are prefilled as one row of N tokens. The cache holds what all prompts begin with once
+    for all rows, and each row's own in a layout that its products read as it is.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
+        self.model = model
+        pack = Pack(prompts, [], model.config.get_text_config(), row_of.device)
+        pack.keys_and_values = []  # filled by the layers' attention, a pair each
+        self.logits = forward(prefill, model, pack)[row_of]  # (B, V)
+
+        places, mask = pad(pack.rests, "left", row_of.device)  # (P, L), in the pack
+        layers = [
+            DecodingLayer(keys, values, pack.shared, places[row_of])
+            for keys, values in pack.keys_and_values
+        ]
+        self.cache = Cache(layers=layers)
+        beginning = mask.new_ones(len(mask), pack.shared)
+        self.mask = torch.cat([beginning, mask], dim=1)[row_of]  # (B, shared + L)
+        self.position = self.mask.sum(1)  # (B,) of each row's next token
+
+
+def prefill(model: nn.Module, pack: Pack) -> Tensor:
+    """Run a pack of prompts → logits behind each, (P, V)."""
+    last = [rest[-1] for rest in pack.rests]
+    hidden = pack.run(model.get_decoder())[last]  # (P, D)
+    return logits_from_hidden_states(model, hidden)
+
+
+class DecodingLayer(DynamicLayer):
+    """One layer's keys and values, laid out for one query a row, and attention to them.
+
+    keys, values: (N, key heads, d) of a pack, the first `shared` of them those that all rows begin
+    with; places (B, L): where each row's own are. Buffers have room for up to ROOM tokens more and
+    are made anew every ROOM steps, not once for the longest completion: products read them whole,
+    since oneDNN copies a part of a buffer to multiply it.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, shared: int, places: Tensor):
+        super().__init__()
+        self.shared, self.length = shared, places.shape[1]
+        # (key heads, shared, d)
+        self.shared_keys = keys[:shared].transpose(0, 1).contiguous()
+        self.shared_values = values[:shared].transpose(0, 1).contiguous()
+        # (key heads, B, L + room, d)
+        ahead = (0, 0, 0, ROOM - self.length % ROOM)
+        self.keys = F.pad(keys[places].permute(2, 0, 1, 3), ahead)
+        self.values = F.pad(values[places].permute(2, 0, 1, 3), ahead)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Take a position more of each row, (B, key heads, 1, d)."""
+        if self.length == self.keys.shape[2]:
+            self.keys = F.pad(self.keys, (0, 0, 0, ROOM))
+            self.values = F.pad(self.values, (0, 0, 0, ROOM))
+        self.keys[:, :, self.length] = key_states[:, :, 0].transpose(0, 1)
+        self.values[:, :, self.length] = value_states[:, :, 0].transpose(0, 1)
+        self.length += 1
+        return self, self  # "grouped" attention asks these to attend
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """query (B, heads, d); mask (B, 1, 1, shared + own), True where a row may look → like query.
+
+        One matrix product for all rows attends to the beginning, which is read once and not once a
+        row. The query heads that share a key head are queries of that head, so that no key or value
+        is repeated.
+        """
+        heads, rows, size, dim = self.keys.shape
+        query = (query * scale).view(rows, heads, -1, dim).transpose(0, 1).contiguous()
+        keys, values = self.keys.view(-1, size, dim), self.values.view(-1, size, dim)
+        scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT).view(heads, rows, -1, size)
+        lowest = torch.finfo(scores.dtype).min
+        scores[..., self.length :].fill_(lowest)  # room where nothing is yet
+        if mask is not None:
+            own = mask[:, 0, :, self.shared :]  # (B, 1, L)
+            scores[..., : self.length].masked_fill_(~own, lowest)
+        if self.shared:
+            beginning = torch.bmm(query.view(heads, -1, dim), self.shared_keys.mT)
+            beginning = beginning.view(heads, rows, -1, self.shared)
+            scores = torch.cat([scores, beginning], dim=-1)
+        weights = scores.softmax(-1)  # (key heads, B, heads / key heads, size + shared)
+        out = torch.bmm(weights[..., :size].flatten(0, 1), values).view(heads, rows, -1, dim)
+        if self.shared:
+            beginning = torch.bmm(weights[..., size:].flatten(1, 2), self.shared_values)
+            out += beginning.view(out.shape)
+        return out.transpose(0, 1).reshape(rows, -1, dim)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        self.keys = self.keys.index_select(1, rows)
+        self.values = self.values.index_select(1, rows)
+
+    def get_seq_length(self) -> int:
+        return self.shared + self.length
+
+
+# Llama's shape ----------------------------------------------------------------------------------
+
+
+class LlamaDecoder(PackedDecoder):
+    """The same for models of Llama's shape (Qwen 2 and 3, SmolLM 2, …), whose layers it runs itself.
+
+    Their weights are prepared once a call of `generate`, so they are those of that moment.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
+        super().__init__(model, prompts, row_of)
+        self.layers = [
+            LlamaLayer(layer, cache) for layer, cache in zip(model.model.layers, self.cache.layers)
+        ]
+        self.head = FusedLinear(model.lm_head)
+        self.padded = len({len(prompt) for prompt in prompts}) > 1
+
+    def step(self, token: Tensor) -> Tensor:
+        model = self.model.model
+        x = model.embed_tokens(token)  # (B, D)
+        cos, sin = (table[0, :, None] for table in model.rotary_emb(x, self.position[None]))
+        half = sin.shape[-1] // 2
+        # The sign of rotate_half goes into the table: (x2, x1) * (-sin, sin).
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # (B, 1, d)
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.position = self.position + 1
+        mask = self.mask.bool()[:, None, None] if self.padded else None
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        return self.head(norm(model.norm, x))
+
+
+class LlamaLayer:
+    """One layer's step of B rows: x (B, D) → (B, D)."""
+
+    def __init__(self, layer: nn.Module, cache: DecodingLayer):
+        self.attention, self.mlp, self.cache = layer.self_attn, layer.mlp, cache
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = FusedLinear(*(getattr(self.attention, f"{x}_proj") for x in "qkv"))
+        self.o = FusedLinear(self.attention.o_proj)
+        self.gate_up = FusedLinear(self.mlp.gate_proj, self.mlp.up_proj)
+        self.down = FusedLinear(self.mlp.down_proj)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        attention, cache = self.attention, self.cache
+        before_attention, before_mlp = self.norms
+        key_heads = len(cache.keys)
+        heads = self.qkv(norm(before_attention, x)).view(len(x), -1, attention.head_dim)
+        to_rotate, v = heads.tensor_split([-key_heads], dim=1)
+        if hasattr(attention, "q_norm"):
+            q, k = to_rotate.tensor_split([-key_heads], dim=1)
+            q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
+            to_rotate = torch.cat([q, k], dim=1)
+        half = sin.shape[-1] // 2
+        rotated = torch.addcmul(to_rotate * cos, to_rotate.roll(half, -1), sin)
+        q, k = rotated.tensor_split([-key_heads], dim=1)
+        cache.update(k[:, :, None], v[:, :, None])
+        x = self.o(cache.attend(q, mask, attention.scaling).flatten(1), plus=x)
+        gate, up = self.gate_up(norm(before_mlp, x)).chunk(2, dim=1)
+        return self.down(self.mlp.act_fn(gate) * up, plus=x)
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """Root-mean-square norm."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+
+
+class FusedLinear:
+    """Linear layers that read the same input, with their adapters beside them.
+
+    On a CPU they become one product with its weights in the layout that oneDNN wants, which F.linear
+    makes anew at every call. An adapter is columns more of that product, and their input is A x:
+
+        y = [W, s B] [x, A x]
+    """
+
+    def __init__(self, *linears: nn.Linear):
+        self.linears, weight = linears, linears[0].weight
+        self.A = self.weight = None
+        if not is_fused(weight):
+            return
+        adapted = [x for x in linears if isinstance(x, lora.LoRALinear) and x.enabled]
+        if adapted:
+            self.A = torch.cat([linear.lora_A for linear in adapted]).to(weight.dtype)
+        sizes = [linear.out_features for linear in linears]
+        columns = weight.shape[1]
+        ranks = 0 if self.A is None else len(self.A)
+        fused = weight.new_zeros(sum(sizes), columns + ranks)
+        end = columns
+        for linear, rows in zip(linears, fused.split(sizes)):
+            rows[:, :columns] = linear.weight
+            if linear in adapted:
+                start, end = end, end + len(linear.lora_A)
+                rows[:, start:end] = linear.scale * linear.lora_B
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(fused)
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x (B, in) → all layers' outputs side by side, (B, out), added to `plus`."""
+        if self.weight is None:
+            parts = [linear(x) for linear in self.linears]
+            y = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            return y if plus is None else plus + y
+        if self.A is not None:
+            x = torch.cat([x, F.linear(x, self.A)], dim=1)
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, self.bias, "add")
+
+
+def is_fused(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by such weights quickly."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return has_bfloat16(weight.device)
+    return weight.dtype == torch.float32

@@ -1,0 +1,17 @@
+"""What keeps a real run alive: flags, checks, logs, checkpoints, watching, processes, plugins.
+
+Nothing in here is part of the algorithm; train.py calls each in a line.
+
+    flags.py        every option of a run: declared in the seven, read here, from a file or typed
+    session.py      ranks meet, and any end is told in one last line
+    checks.py       what can be wrong is found before a model is loaded; ranks agree
+    readers.py      jsonl, json, csv, parquet, the hub
+    plugins.py      rewards in files of your own
+    answers.py      what counts as an equal answer
+    judge.py        a process that compares answers, and that no answer can hang
+    engine.py       vLLM in a process of its own
+    watch.py        ranks meet, and notice when one is lost
+    log.py          metrics, completions, progress
+    checkpoints.py  save, prune, resume
+    plan.py         what a run takes, before it is paid for
+"""

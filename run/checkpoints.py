@@ -1,0 +1,247 @@
+"""What a run leaves behind and goes on from: its folder and its checkpoints.
+
+    output/
+      args.json  metrics.jsonl  completions.jsonl
+      checkpoint-<step>/    model or adapter, tokenizer, optimizer.safetensors, trainer_state.json
+      earlier-<n>/          what an earlier run left in this folder
+
+A checkpoint is whole or not there: it is written under another name and renamed at the end. The
+optimizer's state is stored as full tensors by parameter name, so a run resumes on any number of
+ranks. There is no pickle in it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as torch_dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import lora
+from data import UsageError
+
+# Flags that may change from a run to the one that resumes it without a word.
+NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
+NOT_THE_RUN |= {"save_total_limit", "dataset_num_proc", "plain"}
+OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """folder and checkpoints"""
+
+    output_dir: Annotated[str, "folder for all that the run writes"] = "output"
+    save_steps: Annotated[int, "write a checkpoint so often, and at the end", "from 1"] = 500
+    save_total_limit: Annotated[int | None, "keep so many, the newest", "from 1"] = None
+    resume_from_checkpoint: Annotated[
+        str | None, "checkpoint folder, or true for the newest in output_dir"
+    ] = None
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside the optimizer's state."""
+
+    step: int = 0  # optimizer steps made
+    num_tokens: int = 0  # in all prompts and completions so far
+    unlogged: list[dict] = field(default_factory=list)  # metrics of steps that no line told yet
+    completions_per_step: int | None = None
+
+
+def step_size(args: argparse.Namespace, world) -> int:
+    """Completions of one optimizer step, on all ranks."""
+    return world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+# The folder -------------------------------------------------------------------------------------
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """What rank 0 writes to and resumes from."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder}: is a file; a folder, there or not, works")
+    if not args.resume_from_checkpoint:
+        return
+    checkpoint = checkpoint_to_resume(args)
+    for file in ("trainer_state.json", "optimizer.safetensors"):
+        if not (checkpoint / file).exists():
+            raise UsageError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; "
+                "true, for the newest in --output_dir, or a checkpoint-N folder works"
+            )
+
+
+def start_folder(args: argparse.Namespace, world) -> None:
+    """Make the output folder and write args.json; an earlier run's files move out of the way."""
+    if not world.is_main:
+        return
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"--output_dir {folder}: cannot be made ({error.strerror})"
+        raise UsageError(message) from error
+    if args.resume_from_checkpoint:
+        step = tell_differences(args, world, folder)
+        beyond = [path for path in checkpoints(folder) if checkpoint_step(path) > step]
+        move_away(beyond, folder, "checkpoints beyond the resumed one")
+    else:
+        earlier = [path for name in OF_A_RUN for path in folder.glob(name)]
+        move_away(earlier, folder, "an earlier run")
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+
+
+def tell_differences(args: argparse.Namespace, world, folder: Path) -> int:
+    """Say how a resumed run differs from the one it goes on from → the step it goes on from."""
+    file = folder / "args.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    told = []
+    for name, value in vars(args).items():
+        if name in before and before[name] != value and name not in NOT_THE_RUN:
+            told.append(f"--{name} {value} (was {before[name]})")
+    if told:
+        line = "resumed with other flags: " + ", ".join(told)
+        print(line.replace("True", "true").replace("False", "false"))
+
+    state = json.loads((checkpoint_to_resume(args) / "trainer_state.json").read_text())
+    size, now = state.get("completions_per_step"), step_size(args, world)
+    if size not in (None, now):
+        line = f"resumed with {now} completions a step (was {size}): the order of prompts and the "
+        line += "number of steps are others"
+        kept, rest = divmod(size, world.size * args.gradient_accumulation_steps)
+        if rest == 0:
+            line += f"; --per_device_train_batch_size {kept} keeps them"
+        print(line)
+    return state["step"]
+
+
+def move_away(paths: list[Path], folder: Path, what: str) -> None:
+    """Nothing is lost: what would mix with this run's files moves to a folder beside them."""
+    if not paths:
+        return
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    earlier = folder / f"earlier-{number}"
+    earlier.mkdir()
+    for path in paths:
+        path.rename(earlier / path.name)
+    print(f"{folder} held {what}; now in {earlier}")
+
+
+# Saving -----------------------------------------------------------------------------------------
+
+
+def save(args, world, model, tokenizer, optimizer, progress: Progress) -> None:
+    """Write checkpoint-<step>. A collective call: every rank gives its part of the state."""
+    state = optimizer.state_dict()
+    if world.is_main:
+        folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_model(args, model, state, unfinished)
+        tokenizer.save_pretrained(unfinished)
+        save_file(state, unfinished / "optimizer.safetensors")
+        (unfinished / "trainer_state.json").write_text(json.dumps(asdict(progress)) + "\n")
+        unfinished.rename(folder)  # a checkpoint that is there is whole
+        if args.save_total_limit:
+            for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
+                shutil.rmtree(old)
+    world.barrier()
+
+
+def save_model(args, model, state: dict[str, Tensor], folder: Path) -> None:
+    """The model's weights, or the adapters', in their own type, made of the float32 masters.
+
+    The model itself may hold but a part of each (ZeRO-3).
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {n: tensor for n, tensor in model.state_dict().items() if n not in parameters}
+    trained = {n: p for n, p in parameters.items() if f"master.{n}" in state}
+    weights = buffers | {n: state[f"master.{n}"].to(p.dtype) for n, p in trained.items()}
+    if args.train_type == "lora":
+        lora.save(model, weights, folder, str(args.model), args.target_modules)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+
+
+# Resuming ---------------------------------------------------------------------------------------
+
+
+def resume(args: argparse.Namespace, world, optimizer) -> Progress:
+    """Take the optimizer's state of the checkpoint that --resume_from_checkpoint names, which
+    holds the weights, too. Only rank 0 needs to have it on its disk."""
+    if not args.resume_from_checkpoint:
+        return Progress()
+    file = state = None
+    if world.is_main:
+        folder = checkpoint_to_resume(args)
+        file = folder / "optimizer.safetensors"
+        state = json.loads((folder / "trainer_state.json").read_text())
+    optimizer.load_state_dict(FileOfMain(world, file))
+    return Progress(**world.from_main(state))
+
+
+class FileOfMain:
+    """A safetensors file on rank 0's disk, as every rank reads it: `file[name]`, the same names in
+    the same order.
+
+    Rank 0 reads one tensor at a time and sends it to the others, so no rank holds more than that.
+    """
+
+    def __init__(self, world, path: Path | None):
+        self.world = world
+        self.file = safe_open(path, "pt") if world.is_main else None
+        names = self.file.keys() if world.is_main else ()
+        shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in names}
+        self.shapes = world.from_main(shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]  # a KeyError is every rank's
+        tensor = self.file.get_tensor(name) if self.world.is_main else None
+        if self.world.size == 1:
+            return tensor
+        dtype = self.world.from_main(None if tensor is None else tensor.dtype)
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype)
+        tensor = tensor.to(self.world.device)
+        torch_dist.broadcast(tensor, src=0)
+        return tensor
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    folders = Path(output_dir).glob("checkpoint-*")
+    numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
+    return sorted(numbered, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def checkpoint_to_resume(args: argparse.Namespace) -> Path:
+    if args.resume_from_checkpoint != "true":
+        return Path(args.resume_from_checkpoint)
+    return (checkpoints(args.output_dir) or [Path(args.output_dir)])[-1]
+
+
+def how_to_resume(args: argparse.Namespace) -> str:
+    """The end of a line that tells why a run ended."""
+    if int(os.environ.get("GROUP_RANK", 0)):  # not rank 0's node, whose disk has the checkpoints
+        return (
+            "--resume_from_checkpoint true, on every node, goes on from rank 0's newest "
+            "checkpoint, if there is one"
+        )
+    kept = checkpoints(args.output_dir)
+    if not kept:
+        return "there is no checkpoint yet"
+    return f"--resume_from_checkpoint true goes on from {kept[-1]}"

@@ -1,0 +1,371 @@
+"""Flags: every option of a run, declared where it acts, set in a file or on the command line.
+
+Each module declares its options as a dataclass whose name ends in `Options`:
+
+    @dataclass(frozen=True)
+    class Options:
+        "GRPO"                                                        the group's title in --help
+
+        epsilon: Annotated[float, "ε of the clipped objective", "from 0"] = 0.2
+
+A field is a flag: its type, what it means, its bounds, its default. What is typed wins over what stands in the
+file that --config names, and that over the default. args.json, which every run writes, is such a file.
+
+To add a flag, add a field to the module that reads it.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import types
+import typing
+from pathlib import Path
+
+from data import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+SEVEN = ("train", "lora", "data", "rewards", "grpo", "sampler", "dist")
+MODULES = (*SEVEN, "run/log", "run/checkpoints", "run/plan")  # in the order of --help
+PLUGIN = ROOT / "examples" / "train" / "grpo" / "plugin" / "close.py"
+DEMO = (
+    "--dataset arithmetic --val_dataset arithmetic-test "
+    f"--external_plugins {shlex.quote(str(PLUGIN))} "
+    "--reward_funcs accuracy format close --reward_weights 1 0.2 1 "
+    "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 "
+    "--learning_rate 3e-4 --lr_scheduler_type linear --beta 0 --num_generations 4 "
+    "--temperature 1.0 --max_completion_length 32 --max_steps 140 --log_completions true "
+    "--num_generations_eval 1 --eval_on_start true --eval_steps 28"
+)
+
+
+# What the seven declare ------------------------------------------------------------------------
+
+
+def declared() -> list[type]:
+    """The dataclasses of options of all modules, in the order of --help.
+
+    They are read from the source, because importing it would import torch: two seconds before a
+    wrong flag is answered. So nothing but the standard library's typing may stand in them.
+    """
+    found = []
+    for module in MODULES:
+        tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Options"):
+                namespace = {**vars(typing), "dataclass": dataclasses.dataclass}
+                code = compile(ast.Module([node], []), f"{module}.py", "exec")
+                exec(code, namespace)
+                found.append(namespace[node.name])
+    return found
+
+
+def add_flag(group, field: dataclasses.Field) -> None:
+    """Add the flag that a field of a dataclass declares."""
+    kind, text, *bounds = typing.get_args(field.type)
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    settings = {"help": text, "default": default}
+    if isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind):
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is list:
+        (kind,) = typing.get_args(kind)
+        settings["nargs"] = "+"
+    if typing.get_origin(kind) is typing.Literal:
+        settings["choices"] = list(typing.get_args(kind))
+    elif kind is bool:
+        settings |= {"type": boolean, "metavar": "true|false"}
+    elif kind == bool | int:
+        settings |= {"type": planned, "metavar": "true|false|N"}
+    elif kind in (int, float):
+        settings["type"] = number(kind, *bounds)
+    group(f"--{field.name}", **settings)
+
+
+def make_parser() -> "Parser":
+    parser = Parser(
+        prog="train.py",
+        usage="torchrun --nproc_per_node N train.py --dataset NAME --reward_funcs NAME [--flag value ...]",
+        description="GRPO for language models. Without flags: the demo.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    text = "a YAML or JSON file of flags, such as a run's args.json; flags that are typed win"
+    parser.add_argument("--config", help=text)
+    for options in declared():
+        group = parser.add_argument_group(options.__doc__).add_argument
+        for field in dataclasses.fields(options):
+            add_flag(group, field)
+    return parser
+
+
+# Reading them ----------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """What is typed, over what the file of --config says, over the defaults.
+
+    Ends with status 2 and one line that names the flag, the value and what works.
+    """
+    parser = make_parser()
+    refuse_unknown(parser, argv)
+    file = parser.parse_args(argv).config
+    from_file = []
+    if file:
+        parser.prefix = f"--config {file}: "
+        from_file = words_of(file, parser)
+        parser.parse_args(from_file)  # a wrong value is said to be the file's
+        parser.prefix = ""
+    args = parser.parse_args([*from_file, *argv])
+    del args.config  # what it says is in `args`
+    if not args.dataset:
+        fail("--dataset: names no rows to train on; a hub id, a file or a built-in name works")
+    complete(args)
+    return args
+
+
+def answer_early(argv: list[str]) -> None:
+    """End with one line for flags that are wrong whatever the model and the data are."""
+    args = parse_args(expand(argv))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        check(args, processes if isinstance(args.dry_run, bool) else args.dry_run)
+    except UsageError as error:
+        fail(str(error))
+
+
+def refuse_unknown(parser: "Parser", argv: list[str]) -> None:
+    known = parser.names()
+    for word in argv:
+        flag = word.partition("=")[0]
+        if word.startswith("--") and flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists all"
+            parser.error(f"{flag}: no such flag; {hint}")
+
+
+def words_of(file: str, parser: "Parser") -> list[str]:
+    """A file of flags as the words that one would type."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        parser.error(f"{(error.strerror or 'cannot be read').lower()}; a YAML or JSON file works")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"is not YAML ({first_line(error)}); a line 'flag: value' for each works")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        parser.error("holds no flags; a line 'flag: value' for each works")
+    words = []
+    for name, value in values.items():
+        refuse_unknown(parser, [f"--{name}"])
+        if isinstance(value, list):
+            if name not in parser.lists():
+                parser.error(f"--{name}: takes one value, not the list {value}")
+            if value:
+                words += [f"--{name}", *map(as_word, value)]
+        elif value is not None:  # null is a flag that is not set
+            words.append(f"--{name}={as_word(value)}")
+    return words
+
+
+def as_word(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other flags."""
+    if args.resume_from_checkpoint == "false":
+        args.resume_from_checkpoint = None
+    args.model = args.model or str(EMBEDDED_MODEL)
+    args.num_generations_eval = args.num_generations_eval or args.num_generations
+    args.cosine_max_len = args.cosine_max_len or args.max_completion_length
+    if args.learning_rate is None:
+        args.learning_rate = {"lora": 1e-4, "full": 1e-6}[args.train_type]
+
+
+def expand(argv: list[str], bfloat16: bool = False) -> list[str]:
+    """The words of a command line, with those of the demo for `demo` or nothing at all."""
+    if argv and argv[0] != "demo":
+        return argv
+    return [*demo(int(os.environ.get("WORLD_SIZE", 1)), bfloat16), *argv[1:]]
+
+
+def demo(processes: int, bfloat16: bool) -> list[str]:
+    """The demo's flags: 128 completions a step for any number of processes that divides them."""
+    accumulation = 2 if processes == 1 else 1  # no more than 64 at a time: less memory
+    return [
+        *shlex.split(DEMO),
+        *("--torch_dtype", "bfloat16" if bfloat16 else "float32"),
+        *("--per_device_train_batch_size", str(128 // (processes * accumulation))),
+        *("--gradient_accumulation_steps", str(accumulation)),
+        *("--per_device_eval_batch_size", str(256 // processes)),
+    ]
+
+
+# What can be said of flags alone ---------------------------------------------------------------
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """UsageError for flags that do not go together, whatever model and data they name."""
+    if args.device_memory_gb and not args.dry_run:
+        raise UsageError(
+            f"--device_memory_gb {args.device_memory_gb:g}: only a plan asks for it; "
+            "--dry_run true works"
+        )
+    check_vllm(args)
+    if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            "--report_to wandb: wandb is not installed; pip install wandb, "
+            "or --report_to tensorboard"
+        )
+    accumulation = args.gradient_accumulation_steps
+    check_groups(args, world_size, "per_device_train_batch_size", "num_generations", accumulation)
+    if args.val_dataset or args.eval_steps:
+        check_groups(args, world_size, "per_device_eval_batch_size", "num_generations_eval", 1)
+
+
+def check_vllm(args: argparse.Namespace) -> None:
+    if not args.use_vllm:
+        return
+    if args.deepspeed == "zero3" and not args.ds3_gather_for_generation:
+        raise UsageError(
+            "--ds3_gather_for_generation false: vLLM needs whole weights; true, "
+            "or --use_vllm false, works"
+        )
+    if (
+        not args.dry_run and importlib.util.find_spec("vllm") is None
+    ):  # a plan may be another machine's
+        raise UsageError(
+            "--use_vllm true: vLLM is not installed; make vllm installs it, "
+            "--use_vllm false samples without"
+        )
+    if args.temperature < 0.01:
+        raise UsageError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
+
+
+def check_groups(args, world_size: int, batch_flag: str, group_flag: str, accumulation: int):
+    """Whether groups of G fill a batch of all ranks."""
+    batch, group = getattr(args, batch_flag), getattr(args, group_flag)
+    total = world_size * batch * accumulation
+    if total % group == 0:
+        return
+    parts = f"{world_size} processes × {batch_flag} {batch}"
+    if accumulation > 1:
+        parts += f" × accumulation {accumulation}"
+    would = "what would is "
+    if divisors := [str(n) for n in range(2, total + 1) if total % n == 0]:
+        would = f"--{group_flag} {', '.join(divisors)} would, and so would "
+    ranks = world_size * accumulation
+    raise UsageError(
+        f"--{group_flag} {group}: does not divide the {total} completions of {parts}; "
+        f"{would}--{batch_flag} {math.lcm(group, ranks) // ranks}"
+    )
+
+
+# Types of values -------------------------------------------------------------------------------
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: true or false works")
+    return text.lower() == "true"
+
+
+def planned(text: str) -> bool | int:
+    """Whether to plan, and for how many GPUs if not for this machine."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    try:
+        return boolean(text)
+    except argparse.ArgumentTypeError:
+        message = f"{text!r}: true, false or a number of GPUs works"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def number(kind: type, bounds: str = ""):
+    """A parser of a whole number or any, within bounds such as "from 0", "above 0" or "0 to 1"."""
+    above = bounds.startswith("above")
+    limits = re.findall(r"-?\d[\d.e+*]*", bounds)
+    low = float(limits[0]) if limits else -math.inf
+    high = float(limits[1]) if len(limits) > 1 else math.inf
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        too_low = value <= low if above else value < low
+        if math.isnan(value) or math.isinf(value) or too_low or value > high:
+            raise argparse.ArgumentTypeError(f"{text!r}: {what_works(kind, above, low, high)}")
+        return value
+
+    return parse
+
+
+def what_works(kind: type, above: bool, low: float, high: float) -> str:
+    words = "a whole number" if kind is int else "a number"
+    if low > -math.inf:
+        words += f" {'above' if above else 'from'} {low:g}"
+    if high < math.inf:
+        words += f" to {high:g}"
+    return f"{words} works"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None:  # the text says what holds
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    prefix = ""  # which file the flags are from
+
+    def error(self, message: str):
+        """One line and exit status 2."""
+        fail(self.prefix + message.removeprefix("argument "))
+
+    def names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+    def lists(self) -> list[str]:
+        """Flags that take several values."""
+        return [action.dest for action in self._actions if action.nargs == "+"]
+
+
+# The last line ---------------------------------------------------------------------------------
+
+
+def fail(message: str, status: int = 2):
+    """End with one line. What is wrong with flags (status 2) is said once, or once on each node
+    before the ranks have met."""
+    distributed = sys.modules.get("torch.distributed")  # not imported for a wrong flag
+    have_met = distributed is not None and distributed.is_initialized()
+    rank = int(os.environ.get("RANK" if have_met else "LOCAL_RANK", 0))
+    if status != 2 or rank == 0:
+        write_line(f"train.py: {message}")
+    sys.exit(status)
+
+
+def write_line(line: str) -> None:
+    """A line of its own on stderr, also below a progress bar."""
+    if bars := sys.modules.get("tqdm"):
+        bars.tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,220 @@
+"""The judge: compares answers in a process of its own, which no answer can hang.
+
+    trainer                    judge (python -m run.judge)         workers (forks of it)
+    Judge(pairs) ── a line ──> compare ─┬─ fork_worker ─────────── verdict, verdict, …
+                 <─ a line ──           └─ fork_worker ─────────── verdict, ← alarm: TIMEOUT
+
+math_verify may never return on what a model writes, and only ending a process bounds that. So
+certain answers are settled here (run/answers.py), and the rest by workers, each of which may die
+over one answer. The judge imports neither torch nor transformers: a fork of it costs a few
+milliseconds and little memory.
+
+`Judge(timeout)` is a callable from (answer, reference) pairs to verdicts, like rewards.verify. To
+compare otherwise, write such a callable and hand it to `Rewards(judge=…)`.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import UsageError
+from rewards import CRASH, TIMEOUT
+from run.answers import quick_verdict, verdict, without_emphasis
+
+ROOT = Path(__file__).resolve().parent.parent
+# Read by math_verify as a judge starts, so that forks find loaded and cached what it needs.
+WARM_ANSWERS = ("7", r"\frac{1}{2}", "x^2+2x+1", "(1, 2]", r"\boxed{\pi}", "the answer is $x = 5$.")
+WARM_REFERENCES = ("0.5", "(x+1)^2", r"2\sqrt{3}")
+
+
+# The trainer's side ----------------------------------------------------------------------------
+
+
+class Judge:
+    """Verdicts on (answer, reference) pairs; timeout: seconds that comparing one of them may take.
+
+    RuntimeError if its process ends twice on one batch.
+    """
+
+    def __init__(self, timeout: float):
+        if not timeout > 0:
+            raise UsageError(f"--accuracy_timeout {timeout}: must be more than 0 seconds")
+        self.timeout, self.process = timeout, None
+
+    def __call__(self, pairs: list[tuple[str, str]]) -> list[str]:
+        pairs = [(without_emphasis(a), without_emphasis(b)) for a, b in pairs]
+        verdicts = {pair: quick_verdict(*pair) for pair in pairs}  # equal pairs are compared once
+        hard = [pair for pair, said in verdicts.items() if said is None]
+        if hard:
+            verdicts.update(zip(hard, self.ask(hard)))
+        return [verdicts[pair] for pair in pairs]
+
+    def start(self) -> None:
+        """Start the process, unless it runs. It gets ready in the background."""
+        if self.process is None:
+            # In a session of its own, signals meant for the run miss it, and one kill ends it
+            # with its workers. -m puts the folder that it starts in on its path.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "run.judge", str(self.timeout)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+    def ask(self, pairs):
+        """The process's verdicts."""
+        for _ in range(2):
+            self.start()
+            try:
+                self.process.stdin.write(json.dumps(pairs).encode() + b"\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
+                if line:
+                    return json.loads(line)
+            except BrokenPipeError:
+                pass
+            except BaseException:
+                self.close()  # or the next batch would read this one's verdicts
+                raise
+            self.close()  # something ended it, perhaps the kernel for lack of memory: once more
+        raise RuntimeError("the process that checks answers ended twice on one batch")
+
+    def close(self) -> None:
+        """End the process and its workers."""
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+# The judge's side ------------------------------------------------------------------------------
+
+
+def judge_main(timeout: float) -> None:
+    """A line of pairs in (JSON, stdin), a line of verdicts out (stdout), until the trainer ends."""
+    end_with(os.getppid())
+    logging.disable(logging.CRITICAL)  # math_verify warns that its own time limits are off
+    for answer in WARM_ANSWERS:
+        for reference in WARM_REFERENCES:
+            verdict(answer, reference)
+    cores = len(os.sched_getaffinity(0))
+    for line in sys.stdin.buffer:
+        print(json.dumps(compare(json.loads(line), timeout, cores)), flush=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_with(trainer: int) -> None:
+    """End this session when the trainer has ended, even if its child holds our stdin open."""
+
+    def end_if_orphan(*_):
+        if os.getppid() != trainer:
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end_if_orphan)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+
+
+@dataclass
+class Worker:
+    """A process that compares some of a batch's pairs, one after the other."""
+
+    pid: int
+    todo: deque[int]  # the indices of the pairs left to it
+    since: float  # when it last said something
+
+
+def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
+    """Verdicts on the pairs. An answer may hold up those behind it for `slow` seconds."""
+    verdicts = [CRASH] * len(pairs)
+    # Neighbours stay together, for the completions of a group share their reference.
+    share = math.ceil(len(pairs) / min(cores, 4))
+    waiting = deque()
+    for i in range(0, len(pairs), share):
+        waiting.append(deque(range(i, min(i + share, len(pairs)))))
+    running = {}  # pipe → worker
+    while waiting or running:
+        while waiting and len(running) < most_workers:
+            todo = waiting.popleft()
+            pid, pipe = fork_worker([pairs[i] for i in todo], timeout)
+            running[pipe] = Worker(pid, todo, time.monotonic())
+        for pipe in select.select(list(running), [], [], slow / 2)[0]:
+            worker = running[pipe]
+            worker.since = time.monotonic()
+            marks = os.read(pipe, 4096).decode()
+            for mark in marks[: len(worker.todo)]:
+                verdicts[worker.todo.popleft()] = mark
+            if not marks or not worker.todo:
+                del running[pipe]
+                alarm = end_worker(worker, pipe)
+                if worker.todo:  # it died over the first of these
+                    verdicts[worker.todo.popleft()] = TIMEOUT if alarm else CRASH
+                if worker.todo:
+                    waiting.append(worker.todo)
+        for worker in running.values():
+            if len(worker.todo) > 1 and time.monotonic() - worker.since > slow:
+                waiting.append(take_over(worker))
+    return verdicts
+
+
+def take_over(worker: Worker) -> deque[int]:
+    """Leave a slow worker to the pair that it is at. Returns those behind."""
+    # Many of them would starve the quick ones.
+    os.setpriority(os.PRIO_PROCESS, worker.pid, 10)
+    slow = worker.todo.popleft()
+    behind, worker.todo = worker.todo, deque([slow])
+    return behind
+
+
+def end_worker(worker: Worker, pipe: int) -> bool:
+    """End a worker and close its pipe. Returns whether its alarm had ended it."""
+    os.kill(worker.pid, signal.SIGKILL)  # it may be at pairs that another has taken over
+    _, status = os.waitpid(worker.pid, 0)
+    os.close(pipe)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+
+
+def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
+    """Fork a process that writes a verdict a pair into a pipe, and ends. Returns pid and pipe.
+
+    It sets an alarm before each answer and leaves it to the kernel, which ends even a process deep
+    in arithmetic on big integers. memory: bytes that it may take.
+    """
+    pipe, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return pid, pipe
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the process
+        for stream in (0, 1, 2):  # what sympy prints must not reach the trainer
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        for answer, reference in pairs:
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            mark = verdict(answer, reference)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.write(write, mark.encode())
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    judge_main(float(sys.argv[1]))

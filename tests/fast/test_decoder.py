@@ -1,0 +1,132 @@
+"""The quick decoders against the plain one: logits step by step, and with equal seeds equal tokens."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from test_sampler import ENDS, prompts_of
+
+import fast
+import lora
+from fast.decoder import LlamaDecoder, PackedDecoder
+from sampler import ROOM, Decoder, ModelSampler
+
+LIKE_LLAMA = ["llama", "llama-mha", "qwen2", "qwen3"]
+OF_ANOTHER_SHAPE = [name for name in ARCHITECTURES if name not in LIKE_LLAMA]
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def prepared(architecture="llama", **changes):
+    model = tiny_model(architecture, **changes)
+    fast.prepare(model)
+    return model
+
+
+@torch.inference_mode()
+def compare(kinds: list, prompts, rows, close) -> list[Decoder]:
+    """Decoders of models, the first of which is right: feed the same tokens to all, and drop two
+    rows on the way. Caches grow, and more than once."""
+    decoders = [kind(model, prompts, rows) for kind, model in kinds]
+    expected, *others = decoders
+    for decoder in others:
+        torch.testing.assert_close(decoder.logits, expected.logits, **close)
+    for t in range(2 * ROOM + 1):
+        token = (torch.arange(len(expected.mask)) * 7 + 11 * t) % 97
+        logits = expected.step(token)
+        for decoder in others:
+            torch.testing.assert_close(decoder.step(token), logits, **close)
+        if t == 2:
+            for decoder in decoders:
+                decoder.keep(torch.tensor([0, 2, 4]))
+    return decoders
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("beginning", [(5, 6), ()])
+def test_the_chosen_decoder_gives_the_plain_ones_logits(architecture, beginning):
+    prompts = [[*beginning, *rest] for rest in ([7, 8], [9], [3, 4, 5, 6])]
+    rows = torch.tensor([0, 0, 1, 2, 2])
+    model = prepared(architecture)
+    kinds = [(Decoder, tiny_model(architecture)), (fast.decoder_for(model), model)]
+    compare(kinds, prompts, rows, CLOSE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equal_seeds_draw_equal_tokens(architecture):
+    prompts, settings = prompts_of(), {"eos_token_ids": ENDS, "max_new_tokens": ROOM + 4}
+    model = prepared(architecture)
+    quick = ModelSampler(model, **settings, decoder=fast.decoder_for(model))
+    plain = ModelSampler(tiny_model(architecture), **settings)
+    drawn, expected = (sampler.generate(prompts, range(12)) for sampler in (quick, plain))
+    assert [c.ids for c in drawn] == [c.ids for c in expected]
+    assert [c.finished for c in drawn] == [c.finished for c in expected]
+    for a, b in zip(drawn, expected):
+        torch.testing.assert_close(a.logps, b.logps, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", LIKE_LLAMA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_and_biases_are_in_the_fused_products(architecture, dtype):
+    model = tiny_model(architecture, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            torch.nn.init.normal_(module.bias)
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    lora.inject(model, 4, 8.0, target_modules=targets)
+    for _, layer in lora.layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 3, 4, 5, 6]]
+    rows = torch.tensor([0, 0, 1, 2, 2])
+    plain = copy.deepcopy(model)
+    fast.prepare(model)
+    assert fast.decoder_for(model) is LlamaDecoder
+    close = CLOSE if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.1}
+    kinds = [(Decoder, plain), (PackedDecoder, model), (LlamaDecoder, model)]
+    _, _, quick = compare(kinds, prompts, rows, close)
+    assert dtype == torch.bfloat16 or quick.head.weight is not None  # in oneDNN's layout
+
+
+def test_each_model_takes_the_decoder_that_gives_its_own_logits():
+    for architecture in OF_ANOTHER_SHAPE:
+        model = prepared(architecture)
+        packs = model.config._attn_implementation == "grouped"
+        assert fast.decoder_for(model) is (PackedDecoder if packs else Decoder), architecture
+    assert fast.decoder_for(prepared("llama")) is LlamaDecoder
+    # Gathered layer by layer: the model's own forward does that, for each layer.
+    assert fast.decoder_for(prepared("llama"), layerwise=True) is PackedDecoder
+    assert fast.decoder_for(tiny_model("llama")) is Decoder
+
+
+def test_a_completion_is_the_same_in_any_batch_of_the_quick_decoder():
+    model, prompts = prepared(), prompts_of()
+    decoder = fast.decoder_for(model)
+    sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12, decoder=decoder)
+    together = sampler.generate(prompts, range(100, 112))
+    apart = [sampler.generate([p], [100 + i])[0] for i, p in enumerate(prompts)]
+    assert [c.ids for c in together] == [c.ids for c in apart]
+
+
+@pytest.mark.parametrize("kind", [PackedDecoder, LlamaDecoder])
+def test_what_all_prompts_begin_with_is_prefilled_once_and_ended_rows_leave(monkeypatch, kind):
+    model, prompts = prepared(), prompts_of()
+    prefilled, rows, forward, step = [], [], type(model.model).forward, kind.step
+
+    def counted_forward(self, **settings):
+        prefilled.append(tuple(settings["input_ids"].shape))
+        return forward(self, **settings)
+
+    def counted_step(self, token):
+        rows.append(len(token))
+        return step(self, token)
+
+    monkeypatch.setattr(type(model.model), "forward", counted_forward)
+    monkeypatch.setattr(kind, "step", counted_step)
+    sampler = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12, decoder=kind)
+    lengths = [len(c.ids) for c in sampler.generate(prompts, range(12))]
+    # The common beginning and the rests of three prompts, once each.
+    assert prefilled[0] == (1, 4 + 3 + 6 + 1)
+    for t, batch in enumerate(rows, start=1):
+        alive = sum(n > t for n in lengths)
+        assert alive <= batch <= max(alive / 0.75, 12 * (t == 1), 1)
+    assert len(rows) > 5 and rows[-1] < 12

@@ -1,0 +1,194 @@
+"""Bad input ends with one line that names flag, value and what works, before a model is loaded."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+import transformers
+from conftest import ROOT, flags_for, run_train
+
+import train
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading weights is an error of its own kind here."""
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+
+
+BAD_INPUT = {
+    "G that divides nothing": (
+        ["--num_generations", "5"],
+        r"--num_generations 5: .*16 completions.* 2, 4, 8, 16",
+    ),
+    "G of evaluations": (
+        ["--val_dataset", "arithmetic-test", "--per_device_eval_batch_size", "6"],
+        r"--num_generations_eval 4: .*6 completions.* 2, 3, 6",
+    ),
+    "unknown reward": (
+        ["--reward_funcs", "acuracy"],
+        r"--reward_funcs acuracy: .*did you mean accuracy",
+    ),
+    "weights": (
+        ["--reward_weights", "1", "2", "3"],
+        r"--reward_weights .*1.*2.*3.*: .*2.* numbers",
+    ),
+    "no reward": (["--reward_funcs"], r"--reward_funcs: "),
+    "missing file": (["--dataset", "nowhere.jsonl"], r"--dataset nowhere.jsonl: no such file"),
+    "empty dataset": (["--dataset", "{tmp}/empty.jsonl"], r"--dataset .*empty.jsonl: .*empty"),
+    "no question": (
+        ["--dataset", "{tmp}/columns.jsonl"],
+        r"--dataset .*columns.jsonl: .*text, label",
+    ),
+    "no reference": (
+        ["--dataset", "{tmp}/ask.jsonl", "--reward_funcs", "accuracy"],
+        r"--reward_funcs accuracy: ",
+    ),
+    "system path": (
+        ["--system", "examples/nowhere.txt"],
+        r"--system examples/nowhere.txt: no such file",
+    ),
+    "beta of 1": (["--adam_beta2", "1"], r"--adam_beta2: '1': a number from 0 to "),
+    "no weights": (["--model", "{tmp}/bare"], r"--model .*bare: no weights in this folder"),
+    "output_dir below a file": (
+        ["--output_dir", "{tmp}/ask.jsonl/out"],
+        r"--output_dir .*out: cannot be made",
+    ),
+    "dtype": (["--torch_dtype", "bfloat17"], r"--torch_dtype: .*bfloat17.*bfloat16"),
+    "output_dir is a file": (
+        ["--output_dir", "{tmp}/ask.jsonl"],
+        r"--output_dir .*ask.jsonl: is a file",
+    ),
+    "model": (["--model", "models/nowhere"], r"--model models/nowhere: "),
+    "target": (["--target_modules", "c_attn"], r"--target_modules c_attn: .*q_proj"),
+    "unknown flag": (
+        ["--learning_rat", "1"],
+        r"--learning_rat: no such flag; did you mean --learning_rate",
+    ),
+    "not a number": (["--epsilon", "much"], r"--epsilon: 'much': a number from 0 works"),
+    "not true": (["--log_completions", "yes"], r"--log_completions: 'yes': true or false works"),
+    "temperature": (["--temperature", "0"], r"--temperature: '0': a number above 0 works"),
+    "G of one": (
+        ["--num_generations", "1"],
+        r"--num_generations: '1': a whole number from 2 works",
+    ),
+    "resume": (
+        ["--resume_from_checkpoint", "nowhere"],
+        r"--resume_from_checkpoint nowhere: no checkpoint there",
+    ),
+    "too long": (["--max_completion_length", "9000"], r"--max_completion_length 9000: .*512"),
+    "max_length": (["--max_length", "3"], r"--max_length 3: every prompt is longer"),
+    "bucket": (["--bucket_size", "0"], r"--bucket_size: '0': a whole number from 1 works"),
+    "zero3 in layers with vLLM": (
+        shlex.split("--deepspeed zero3 --ds3_gather_for_generation false --use_vllm true"),
+        r"--ds3_gather_for_generation false: vLLM needs whole weights; true, or --use_vllm false, works",
+    ),
+    "plugin fails": (
+        ["--external_plugins", "{tmp}/fails.py"],
+        r"--external_plugins .*: failed to import: .*fails.py:2",
+    ),
+    "plugin registers nothing": (
+        ["--external_plugins", "{tmp}/idle.py"],
+        r"--external_plugins .*: registers no reward",
+    ),
+    "plugin overwrites": (
+        ["--external_plugins", "{tmp}/thief.py"],
+        r"--external_plugins .*: overwrites .* format",
+    ),
+    "no __call__": (
+        ["--reward_funcs", "cls", "--external_plugins", "{tmp}/mute.py"],
+        r"--reward_funcs cls: .*__call__",
+    ),
+    "several outputs": (
+        ["--reward_model", "{model}"],
+        r"--reward_model .*: has 2 outputs; a model with one is needed",
+    ),
+    "no head": (
+        ["--reward_model", "{tmp}/headless"],
+        r"--reward_model .*: its weights lack score.weight",
+    ),
+    "no rows": (
+        ["--dataset", "arithmetic#0"],
+        r"--dataset arithmetic#0: #0 is not a number of rows",
+    ),
+    "fewer rows": (
+        ["--dataset", "arithmetic#-3"],
+        r"--dataset arithmetic#-3: #-3 is not a number of rows",
+    ),
+    "too many rows": (
+        ["--dataset", "arithmetic#9999"],
+        r"--dataset arithmetic#9999: .*more rows than there are",
+    ),
+    "mixed layouts": (
+        ["--dataset", "{tmp}/mixed.jsonl"],
+        r"--dataset .*: row 1: no query, which other rows have",
+    ),
+    "a column of ours": (
+        ["--dataset", "{tmp}/ids.jsonl"],
+        r"--dataset: rename its column prompt_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_before_a_model_is_loaded(
+    case, model_folder, plugin, tmp_path, no_model, monkeypatch, capsys
+):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "columns.jsonl").write_text('{"text": "a", "label": 1}\n')
+    (tmp_path / "ask.jsonl").write_text('{"question": "Why?"}\n')
+    (tmp_path / "mixed.jsonl").write_text('{"question": "Why?"}\n{"query": "Who?"}\n')
+    (tmp_path / "ids.jsonl").write_text('{"question": "Why?", "prompt_ids": [1]}\n')
+    (tmp_path / "fails.py").write_text("import math\nmath.nothing\n")
+    (tmp_path / "idle.py").write_text("x = 1\n")
+    (tmp_path / "thief.py").write_text("from rewards import orms\norms['format'] = len\n")
+    (tmp_path / "mute.py").write_text("from rewards import orms\nclass A: pass\norms['cls'] = A\n")
+    if case == "no head":
+        shutil.copytree(model_folder, tmp_path / "headless")
+        config = json.loads((model_folder / "config.json").read_text())
+        (tmp_path / "headless/config.json").write_text(
+            json.dumps(config | {"num_labels": 1, "id2label": {"0": "a"}})
+        )
+    if case == "no weights":
+        shutil.copytree(
+            model_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    monkeypatch.chdir(ROOT)
+    flags, message = BAD_INPUT[case]
+    words = [
+        word.replace("{tmp}", str(tmp_path)).replace("{model}", str(model_folder)) for word in flags
+    ]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags_for(model_folder, plugin, tmp_path / "out"), *words])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err.count("\n") == 1 and re.search(f"^train.py: {message}", captured.err), (
+        captured.err
+    )
+
+
+def test_bad_input_with_torchrun_is_said_once(model_folder, plugin, tmp_path):
+    flags = flags_for(model_folder, plugin, tmp_path, num_generations=5)
+    result = run_train(*flags, processes=2, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("--num_generations 5: does not divide the 32 completions") == 1
+
+
+def test_a_failing_reward_ends_the_run_with_its_name(model_folder, tmp_path):
+    (tmp_path / "bad.py").write_text(
+        'from rewards import orms\norms["bad"] = lambda completions, **kw: 1 / 0\n'
+    )
+    flags = flags_for(model_folder, tmp_path / "bad.py", tmp_path / "out", reward_funcs="bad")
+    result = run_train(*flags, check=False)
+    assert result.returncode == 1 and re.search(
+        r"^train.py: reward bad, step 1, row 0: .*ZeroDivision", result.stderr, re.M
+    ), result.stderr
+    assert "Traceback" not in result.stderr and list(
+        (tmp_path / "out").glob("failed-reward-*.json")
+    )

@@ -1,0 +1,442 @@
+"""run/judge.py: verdicts in real processes, which no answer hangs and which outlive no trainer."""
+
+import contextlib
+import functools
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import rewards
+from data import UsageError
+from rewards import RIGHT, TIMEOUT, WRONG, Rewards, final_answer
+from run import judge as judge_module
+from run.judge import Judge
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FIXTURES = ROOT / "tests/fixtures/rewards"
+GSM8K = ROOT.parent / "shared/data/gsm8k-test.jsonl"
+TOWER = r"\boxed{\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}}"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """One judge for the tests that need none of their own. Its limit is beyond any busy machine."""
+    judge = Judge(60.0)
+    judge.start()
+    yield judge
+    judge.close()
+
+
+@pytest.fixture
+def make():
+    """make(timeout) -> a judge of its own, which has started."""
+    made = []
+
+    def make(timeout):
+        made.append(Judge(timeout))
+        assert made[-1]([("is it 5?", "5")]) == [RIGHT]
+        return made[-1]
+
+    yield make
+    for judge in made:
+        judge.close()
+
+
+def accuracy(judge, completions, solutions):
+    """Values, and what was counted."""
+    reward = Rewards(["accuracy"], judge=judge)
+    about = {"prompts": [[]] * len(completions), "completion_ids": [[]] * len(completions)}
+    rows = reward(list(completions), step=0, solution=list(solutions), **about)
+    return [value for (value,) in rows], reward.metrics()
+
+
+def processes(session):
+    """Pids of the processes in a session, zombies apart."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, rest = path.read_text().split(" ", 1)
+            state, _, _, sid = rest.rpartition(")")[2].split()[:4]
+            if int(sid) == session and state != "Z":
+                found.append(int(pid))
+    return found
+
+
+def gone_within(session, seconds):
+    deadline = time.monotonic() + seconds
+    while processes(session) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not processes(session)
+
+
+# What it says ----------------------------------------------------------------------------------
+
+
+def test_the_judge_says_what_plain_verify_says_on_ordinary_answers(judge):
+    ordinary = json.loads((FIXTURES / "ordinary.json").read_text())
+    pairs = [(final_answer(text), final_answer(reference)) for text, reference, _ in ordinary]
+    assert len(set(pairs)) >= 40
+    plain, ours = rewards.verify(pairs), judge(pairs)
+    assert [case for case in zip(pairs, plain, ours) if case[1] != case[2]] == []
+    assert ours == [verdict for *_, verdict in ordinary]
+
+
+EQUAL = [
+    ("<think>no 3</think><answer> 18 </answer>", "so 9 * 2 = <<9*2=18>>18\n#### 18"),
+    ("<answer>17</answer> no, <answer>18</answer>", "18"),
+    ("<answer>$-1,234.50</answer>", "-1234.5"),
+    ("-$5", "-5"),
+    (r"\boxed{70{,}000}", "70,000"),
+    (r"The sum is \(\frac{1}{2}\).", "0.5"),
+    ("3 + 4 = 7\n#### 7", r"The result is \boxed{7}."),
+    (r"<answer>\frac{2}{4}</answer>", r"Hence the ratio is $\boxed{\frac{1}{2}}$, as claimed."),
+    (r"<answer>\sqrt{12}</answer>", r"2\sqrt{3}"),
+    ("<answer>(3,4)</answer>", "(3, 4)"),
+    ("<answer>(x+1)^2</answer>", "x^2+2x+1"),
+    ("<answer>1, 2</answer>", "2, 1"),
+    ("<answer>(B)</answer>", "B"),
+    ("<answer>Monday</answer>", "Monday"),
+    (r"\boxed{\text{yes}}", "yes"),
+    ("0.333333", r"\frac{1}{3}"),
+    ("<answer>5</answer>", "<answer>5</answer>"),
+    ("<answer>9" + "0" * 5000 + "</answer>", "9" + "0" * 5000),
+    ("<answer>**18**</answer>", "18"),
+    ("So it is **18**.", "18"),
+    ("So it is `18`.", "18"),
+    ('<answer>"18"</answer>', "18"),
+    ("So the word is “18”.", "18"),
+    ("<answer>\u22125</answer>", "-5"),
+    ("<answer>12 000</answer>", "12,000"),
+    ("<answer>2 * 3 * 4</answer>", "24"),
+    ("<answer>17 18</answer>", "17 18"),
+    ("<answer>3 + 15 = 18</answer>", "18"),
+]
+UNEQUAL = [
+    ("<answer>17 18</answer>", "18"),
+    ("<answer>" + " ".join(map(str, range(30))) + "</answer>", "29"),
+    ("<answer>1 2 … 18</answer>", "18"),
+    ("<answer>17=18</answer>", "18"),
+    ("\\boxed{17\n18}", "18"),
+    ("<answer>**17**</answer>", "18"),
+    ("<answer>2</answer>", r"2\sqrt{3}"),
+    ("<answer>4</answer>", "(3, 4)"),
+    ("<answer>18</answer> no, <answer>17</answer>", "18"),
+    (r"18 \boxed{17}", "18"),
+    ("<answer>1234567.5</answer>", "1234567.6"),
+    ("<answer>Tuesday</answer>", "Monday"),
+    ("<answer></answer>", "5"),
+    ("", "5"),
+    (r"<answer>\frac{1}{3}</answer>", "0.5"),
+]
+
+
+def test_equal_answers_score_one_and_others_zero_with_a_judge(judge):
+    for cases, expected in ((EQUAL, 1.0), (UNEQUAL, 0.0)):
+        values, _ = accuracy(judge, *zip(*cases))
+        assert [case for case, value in zip(cases, values) if value != expected] == []
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_all_gsm8k_answers_in_five_ways_of_writing(off, judge):
+    if not GSM8K.exists():
+        pytest.skip(f"{GSM8K} is not there")
+    references = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()]
+    answers = [int(text.split("#### ")[1].replace(",", "")) + off for text in references]
+    sentence = "She sells the rest for $2 each, so what she has made in the end is {}."
+    ways = ["<answer>{}</answer>", r"\boxed{{{}}}", "{}.00", "${}", sentence]
+    assert len(references) == 1319
+    for way in ways:
+        values, _ = accuracy(judge, [way.format(answer) for answer in answers], references)
+        assert values == [1.0 - off] * 1319, way
+
+
+# Every difference from the peers by its row in completions.json, under the reason why ours is right.
+STATED_LAST = (
+    "402 405 408 411 414 417 423 429 432 435 441 444 459 468 477 480 483 492 498 504 507 510 525 "
+    "531 534 552 555 561 567 570 573 576 579 588 591 594 597 652 653 657 662 663"
+)
+LAST = (
+    "no <answer>, no \\boxed{}: the text ends in its answer; the peer wants \\boxed{} or the word"
+)
+CUT = (
+    "the same rule, which cannot know that a text was cut short: the spec compares the whole of it"
+)
+WHOLE = "a bare formula is read whole; the peer takes one number in it for all"
+DIFFERENCES = {
+    "swift": {
+        LAST: STATED_LAST,
+        CUT: "103 105",
+        "an <answer> needs no dollar signs": (
+            "439 442 457 466 481 490 496 502 508 523 550 553 559 565 592"
+        ),
+        "nor does a reference, and a word is a reference too": (
+            "452 453 454 455 456 460 461 462 469 470 471 488 489 511 512 513 517 526"
+        ),
+        WHOLE: "448 449 463 464 472 473 580",
+        "the last <answer> counts, not the first": "634 637",
+        "\\dfrac34 is 3/4": "436 437 438",
+    },
+    "trl": {
+        LAST: STATED_LAST,
+        CUT: "103 105",
+        "an <answer> is an answer; the peer reads LaTeX alone": (
+            "242 244 248 250 254 256 260 262 266 268 272 274 278 280 284 286 290 292 296 298 302 "
+            "304 308 310 314 316 320 322 326 328 332 334 338 340 344 346 350 352 356 358 362 364 "
+            "368 370 374 376 380 382 386 388 392 394 398 400 403 406 409 412 415 421 427 439 442 "
+            "457 466 475 478 481 490 496 502 505 508 523 529 532 535 550 553 559 565 568 571 574 "
+            "577 586 589 592 595 598 621 622 623 624 625 626 627 628 630 631 633 634 635 636 637 "
+            "639 640 641 642 643"
+        ),
+        "a reference needs no dollar signs": "451 452 453 460 461 462 469 470 471 487 488 489",
+        WHOLE: "449 464 473",
+        "\\dfrac34 is 3/4": "436 437 438",
+    },
+}
+
+
+def test_accuracy_equals_the_peers_where_both_answer(judge, make):
+    rows = json.loads((FIXTURES / "completions.json").read_text())
+    values = json.loads(gzip.decompress((FIXTURES / "peers.json.gz").read_bytes()))["values"]
+    ours = [None] * len(rows)
+    slow = [580, 581, 582, 646]  # the tower, and sixty fractions in one another
+    quick = [i for i in range(len(rows)) if i not in slow]
+    for indices, one in ((slow, make(1.0)), (quick, judge)):
+        completions = [rows[i]["completion"] for i in indices]
+        scored, metrics = accuracy(one, completions, [rows[i]["solution"] for i in indices])
+        assert metrics["rewards/accuracy/timeouts"] == (4 if indices is slow else 0)
+        for i, value in zip(indices, scored):
+            ours[i] = value
+    for peer, reasons in DIFFERENCES.items():
+        theirs = [value[f"{peer}_accuracy"] for value in values]
+        answered = [i for i, value in enumerate(theirs) if value in (0.0, 1.0)]  # else a word
+        assert len(answered) > 600
+        listed = [int(i) for indices in reasons.values() for i in indices.split()]
+        assert [i for i in answered if theirs[i] != ours[i]] == sorted(listed), peer
+
+
+# Its process -----------------------------------------------------------------------------------
+
+
+def test_quick_verdicts_start_no_process():
+    judge = Judge(5.0)
+    assert judge([("**18**", "18"), ("$18$", "17"), ("5", "")]) == [RIGHT, WRONG, "?"]
+    assert judge.process is None
+
+
+def test_a_limit_of_no_time_is_one_line():
+    with pytest.raises(UsageError, match="^--accuracy_timeout 0: must be more than 0 seconds$"):
+        Judge(0)
+
+
+def test_the_judge_imports_neither_torch_nor_transformers(judge):
+    judge([("so 5", "5")])
+    maps = Path(f"/proc/{judge.process.pid}/maps").read_text()
+    assert "torch" not in maps and "numpy" not in maps
+
+
+def test_rewards_start_and_close_their_judge():
+    judge = Judge(5.0)
+    reward = Rewards(["accuracy"], judge=judge)
+    assert judge.process is None
+    reward.start()
+    session = judge.process.pid
+    reward.start()
+    assert judge.process.pid == session and processes(session)
+    reward.close()
+    reward.close()
+    assert gone_within(session, 2.5)
+
+
+def test_a_killed_judge_is_replaced_wherever_the_trainer_stands(judge, tmp_path, monkeypatch):
+    judge.start()
+    first = judge.process.pid
+    os.killpg(first, signal.SIGKILL)
+    monkeypatch.chdir(tmp_path)
+    assert judge([("so 6", "6")]) == [RIGHT]
+    assert judge.process.pid != first
+
+
+def test_a_judge_that_ends_again_on_a_batch_is_an_error(monkeypatch):
+    monkeypatch.setattr(judge_module.sys, "executable", "true")
+    with pytest.raises(RuntimeError, match="ended twice on one batch"):
+        Judge(5.0)([("so 6", "6")])
+
+
+# Answers that hang it --------------------------------------------------------------------------
+
+POISON = [
+    TOWER,
+    r"<answer>9^{9^{9^{9^{9}}}}</answer>",
+    r"\boxed{\binom{10^{9}}{5\cdot 10^{8}}}",
+    r"$(10^{10^{9}})!$",
+]
+STRANGE = [
+    "\\frac{1}{" * 3000 + "1" + "}" * 3000,
+    "9" * 1_000_000,
+    "$" + "9" * 1_000_000 + "$",
+    "".join(map(chr, range(32))) + "17",
+    "\ud800\udfff 17",
+    "",
+    "(" * 100_000,
+    r"\boxed{" * 20_000,
+]
+HANGING = [TOWER, TOWER + ".", TOWER + "!", TOWER + "?"]
+
+
+def test_what_never_returns_costs_its_limit_once_and_leaves_nothing(make):
+    """Four answers that hang, or are strange, among sixty: the sixty are judged as ever."""
+    limit = 4.0
+    judge = make(limit)
+    session = judge.process.pid
+    good = [
+        f"The answer is {i}." if i % 2 else rf"It is \boxed{{\frac{{{i}}}{{7}}}}."
+        for i in range(60)
+    ]
+    wanted = [str(i) if i % 2 else rf"$\frac{{{i}}}{{7}}$" for i in range(60)]
+    wanted[10:20] = ["1000"] * 10
+    bad = [0, 1, 20, 63]
+    for strange in (HANGING, STRANGE[:4], STRANGE[4:]):
+        completions, solutions = list(good), list(wanted)
+        for place, poison in zip(bad, strange):
+            completions.insert(place, poison)
+            solutions.insert(place, "5")
+        start = time.monotonic()
+        values, metrics = accuracy(judge, completions, solutions)
+        taken = time.monotonic() - start
+        assert taken < 3 * limit  # one after the other they would take four
+        expected = iter([0.0 if 10 <= i < 20 else 1.0 for i in range(60)])
+        assert values == [0.0 if i in bad else next(expected) for i in range(64)]
+        if strange is HANGING:
+            assert taken >= limit and metrics["rewards/accuracy/timeouts"] == 4
+        assert processes(session) == [session]  # the judge; its workers have ended
+    judge.close()
+    judge.close()
+    assert processes(session) == []
+
+
+def test_strange_answers_score_zero_in_bounded_time_as_answers_and_as_references(make):
+    judge = make(2.0)
+    texts = [*STRANGE, *POISON, "so 5"]
+    fives = ["5"] * len(texts)
+    for completions, solutions in ((texts, fives), (["so 5"] * len(texts), texts)):
+        start = time.monotonic()
+        values, _ = accuracy(judge, completions, solutions)
+        assert values == [0.0] * (len(texts) - 1) + [1.0]
+        assert time.monotonic() - start < 10  # one after the other they would take 24
+
+
+def test_more_hanging_answers_than_workers_all_end(make):
+    judge = make(1.0)
+    pairs = [(f"{TOWER} {i}", "5") for i in range(24)] + [("so 5", "5")]
+    assert judge(pairs) == [TIMEOUT] * 24 + [RIGHT]
+
+
+def test_quick_answers_are_not_starved_by_many_that_hang(make):
+    judge = make(6.0)
+    pairs = []
+    for i in range(12):
+        pairs += [(f"{TOWER} {i}", "5"), (rf"\boxed{{x^2 + {2 * i}x + {i * i}}}", f"(x + {i})^2")]
+    assert judge(pairs) == [TIMEOUT, RIGHT] * 12
+
+
+def test_an_answer_that_takes_all_memory_ends_its_worker_alone():
+    code = """
+from run import judge
+judge.verdict = lambda answer, reference: "1" if bytes(int(answer) << 20) else "0"
+print(judge.compare([("1", ""), ("3000", ""), ("2", "")], timeout=5, cores=1))
+"""
+    out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert out.strip() == str(["1", "c", "1"])
+
+
+def test_an_interrupted_batch_does_not_answer_the_next_one(judge):
+    assert judge([("so 5", "5")]) == [RIGHT]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        sender = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -USR1 {os.getpid()}"])
+        with pytest.raises(KeyboardInterrupt):
+            judge([(TOWER, "5"), ("so 1", "2")])
+        sender.wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert judge([("so 3", "3"), ("so 4", "4")]) == [RIGHT, RIGHT]
+
+
+# The end of the trainer ------------------------------------------------------------------------
+
+TRAINER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from rewards import Rewards
+from run.judge import Judge
+judge = Judge(600.0)
+reward = Rewards(["accuracy"], judge=judge)
+def run(text): reward([text], prompts=[[]], completion_ids=[[]], step=0, solution=["5"])
+run("so 5")
+print(judge.process.pid, flush=True)
+sys.stdin.readline()
+{then}
+"""
+ENDS = {
+    "returns": ("", None),
+    "raises": ("raise KeyError('a bug')", None),
+    "exits at once": ("os._exit(3)", None),
+    "terminated": ("time.sleep(600)", signal.SIGTERM),
+    "killed": ("time.sleep(600)", signal.SIGKILL),
+    "interrupted in a batch": (f"run({TOWER!r})", signal.SIGINT),
+    "killed in a batch": (f"run({TOWER!r})", signal.SIGKILL),
+    # A child of the trainer's holds the judge's stdin open.
+    "killed, leaves a child": (
+        "if not os.fork(): time.sleep(600)\ntime.sleep(600)",
+        signal.SIGKILL,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    """end → a trainer that waits for a line and then comes to that end; all start at once."""
+    started = {}
+    for end, (then, _) in ENDS.items():
+        started[end] = subprocess.Popen(
+            [sys.executable, "-c", TRAINER.format(root=str(ROOT), then=then)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            # A shell's background jobs ignore SIGINT.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
+    yield started
+    for trainer in started.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(trainer.pid, signal.SIGKILL)
+        trainer.wait()
+        trainer.stdout.close()
+        trainer.stdin.close()
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_process_outlives_the_trainer(end, trainers):
+    trainer, signal_sent = trainers[end], ENDS[end][1]
+    session = int(trainer.stdout.readline())
+    assert processes(session)
+    trainer.stdin.write(b"go\n")
+    trainer.stdin.flush()
+    if signal_sent:
+        time.sleep(0.7)  # it is asleep, or in its batch
+        assert processes(session)
+        trainer.send_signal(signal_sent)
+    trainer.wait(30)
+    assert gone_within(session, 20)
