@@ -284,8 +284,9 @@ class ZeroAdamW:
         self.num_shards = self.num_ranks if self.is_zero2 else 1
         self.steps = 0  # updates made
         self.buckets: list[Bucket] = []
-        self.next = 0  # the bucket to reduce next; all ranks keep to one order, or they would mix
-        self.in_flight: tuple[Bucket, Tensor, torch_dist.Work | None] | None = None  # that before
+        self.next = 0  # the bucket to reduce next: in one order on all ranks, else sums would mix
+        # The bucket that is on its way, what it receives, and what to wait for.
+        self.in_flight: tuple[Bucket, Tensor, torch_dist.Work | None] | None = None
         self.waits: list[tuple] = []  # when this rank began and ceased to wait for others
 
         # A backward pass reaches the last layers first, so that is where the first bucket lies.

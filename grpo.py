@@ -182,7 +182,7 @@ def completion_logps(
     completion_ids: Rows,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of completions under what they are drawn from, softmax(logits / temperature).
+    """Log-probabilities of completions under softmax(logits / temperature), which draws them.
 
     B prompts and B completions, ragged → logps and entropies (B, T), both with a gradient, in
     float32 (float64 for a float64 model), and completion_mask (B, T): 1 on tokens, 0 on padding,

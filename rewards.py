@@ -324,8 +324,8 @@ class Rewards:
         """One row a completion, one column a reward: float, or None where it does not apply.
 
         completions: N texts. prompts: their chats. completion_ids: their tokens, as they were
-        sampled. columns: N values each. Of what train.py uses, run/plugins.CheckedRewards, the
-        errors are RewardError.
+        sampled. columns: N values each. What a reward raises passes through; a run has
+        run/plugins.CheckedRewards, which makes it a RewardError that names reward, step and row.
         """
         columns |= {"prompts": prompts, "completion_ids": completion_ids, "step": step}
         by_reward = self.evaluate(completions, columns)  # one list of N a reward

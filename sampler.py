@@ -40,13 +40,11 @@ from transformers.cache_utils import DynamicCache
 
 import lora
 from dist import World, free_memory, full, gathered, is_sharded
-from grpo import pad, positions
+from grpo import Rows, pad, positions
 
 SUMMED_TOGETHER = 256  # tokens; see sample_tokens
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it
 COMPACT_AT = 0.75  # drop ended rows when this share is alive: copying the cache costs about a step
-
-Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Sampler(Protocol):
 
     metrics: dict[str, float]  # of the last call of generate
 
-    def generate(self, prompt_ids: Sequence[Ids], seeds: Sequence[int]) -> list[Completion]:
+    def generate(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
         """One completion for each prompt; equal prompts lie side by side."""
 
     def take_weights(self, model: torch.nn.Module) -> None:
@@ -119,7 +117,7 @@ class Decoder:
     whatever it does to its logits is in them. `logits` (B, V) are those of the first token.
     """
 
-    def __init__(self, model: torch.nn.Module, prompts: Sequence[Ids], row_of: Tensor):
+    def __init__(self, model: torch.nn.Module, prompts: Rows, row_of: Tensor):
         self.model = model
         ids, mask = pad(prompts, "left", row_of.device)  # (P, L)
         # Made without the configuration it keeps every token, of models with sliding windows too:
@@ -131,24 +129,27 @@ class Decoder:
         logits = self._forward(ids, mask, positions(mask), **settings)  # (P, V)
         self.logits = logits[row_of]  # (B, V)
         self.cache.batch_select_indices(row_of)
-        self.mask = mask[row_of]  # (B, L)
+        self.mask = mask[row_of]  # (B, L) 0 on padding
         self.position = self.mask.sum(1)  # (B,) of each row's next token
 
     def step(self, token: Tensor) -> Tensor:
         """Put a token (B,) behind each row → logits (B, V) of the next one."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        logits = self._forward(token[:, None], self.mask, self.position[:, None])
+        ids, position = token[:, None], self.position[:, None]  # (B, 1)
         self.position = self.position + 1
-        return logits
+        return self._forward(ids, self.mask, position)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.cache.batch_select_indices(rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
+        self.mask = self.mask[rows]
+        self.position = self.position[rows]
 
     def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, **settings) -> Tensor:
-        settings |= {"position_ids": places, "past_key_values": self.cache, "use_cache": True}
-        return self.model(input_ids=ids, attention_mask=mask, **settings).logits[:, -1]
+        """Run tokens (rows, n) behind what is in the cache → the last one's logits, (rows, V)."""
+        settings |= {"past_key_values": self.cache, "use_cache": True}
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=places, **settings)
+        return out.logits[:, -1]
 
 
 class ModelSampler:
@@ -180,12 +181,13 @@ class ModelSampler:
         self.ends = set(eos_token_ids)
         device = next(model.parameters()).device
         self.eos = torch.tensor(sorted(self.ends), device=device)
+        # A layer is gathered for a step of all ranks, so all decode as long as any does.
         self.layerwise = is_sharded(model) and not gather
 
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model = model
 
-    def generate(self, prompt_ids: Sequence[Ids], seeds: Sequence[int]) -> list[Completion]:
+    def generate(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
         training = self.model.training
         self.model.eval()
         try:
@@ -206,50 +208,59 @@ class ModelSampler:
         finally:
             self.model.train(training)
 
-    def _decode(self, prompt_ids: Sequence[Ids], seeds: Sequence[int]) -> list[Completion]:
-        B, T, device = len(seeds), self.max_new_tokens, self.eos.device
+    def _decode(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
+        """One wave: completions that are decoded together."""
+        B, T = len(seeds), self.max_new_tokens
+        device = self.eos.device
         prompts, row_of = distinct(prompt_ids, device)
         decoder = self.decoder(self.model, prompts, row_of)
-        logits = decoder.logits  # (B, V)
-        uniforms = torch.stack([uniform_stream(seed, T) for seed in seeds]).to(device)  # (B, T)
+        logits = decoder.logits  # (B, V) of each row's next token
+        streams = [uniform_stream(seed, T) for seed in seeds]
+        uniforms = torch.stack(streams).to(device)  # (B, T) one for each token
 
         tokens = torch.zeros(B, T, dtype=torch.long, device=device)
         logps = torch.zeros(B, T, device=device)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         alive = torch.arange(B, device=device)  # the completion that each row of the batch decodes
         for t in range(T):
-            token, logp = sample_tokens(logits, uniforms[alive, t], *self.distribution)
-            tokens[alive, t], logps[alive, t] = token, logp
+            token, logp = sample_tokens(logits, uniforms[alive, t], *self.distribution)  # (rows,)
+            tokens[alive, t] = token
+            logps[alive, t] = logp
             ended[alive] |= torch.isin(token, self.eos)
-            going_on = (~ended[alive]).nonzero()[:, 0]
+            going_on = (~ended[alive]).nonzero()[:, 0]  # places among the rows
             if t + 1 == T or self._all_ended(len(going_on) == 0):
                 break
+            # An ended row may go on for a while: what it draws is cut off below.
             if 0 < len(going_on) <= COMPACT_AT * len(alive):
                 decoder.keep(going_on)
                 alive, token = alive[going_on], token[going_on]
             logits = decoder.step(token)
-        return [self._cut(*row) for row in zip(tokens.tolist(), logps.tolist())]
+        rows = zip(tokens.tolist(), logps.tolist())
+        return [self._cut(ids, values) for ids, values in rows]
 
     def _all_ended(self, ended: bool) -> bool:
         """Whether no row goes on; where layers are gathered at each step, none of any rank."""
         if not self.layerwise:
             return ended
-        running = torch.tensor(not ended, dtype=torch.int32, device=self.eos.device)
-        torch_dist.all_reduce(running)
+        running = torch.tensor(int(not ended), dtype=torch.int32, device=self.eos.device)
+        torch_dist.all_reduce(running)  # summed
         return running.item() == 0
 
     def _cut(self, ids: list[int], logps: list[float]) -> Completion:
-        """A completion ends with its first end-of-sequence token, though its row may have gone on."""
+        """Up to and with the first end-of-sequence token; ids and logps (max_new_tokens,)."""
         for length, token in enumerate(ids, start=1):
             if token in self.ends:
                 return Completion(ids[:length], logps[:length], finished=True)
         return Completion(ids, logps, finished=False)
 
 
-def distinct(prompt_ids: Sequence[Ids], device: torch.device) -> tuple[list[tuple], Tensor]:
+def distinct(prompt_ids: Rows, device: torch.device) -> tuple[list, Tensor]:
     """B prompts → the P different ones among them, and for each of the B its row there, (B,)."""
-    rows: dict[tuple, int] = {}
-    row_of = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompt_ids]
+    rows = {}  # prompt → its row; dictionaries keep their order
+    row_of = []
+    for prompt in prompt_ids:
+        row = rows.setdefault(tuple(prompt), len(rows))
+        row_of.append(row)
     return list(rows), torch.tensor(row_of, device=device)
 
 
@@ -258,24 +269,28 @@ def rows_at_once(model: torch.nn.Module, length: int) -> int:
 
     A row takes its keys and values, its logits, and what `sample_tokens` makes of these.
     """
-    config, parameter = model.config.get_text_config(), next(model.parameters())
+    config = model.config.get_text_config()
+    parameter = next(model.parameters())
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     numbers = 2 * config.num_hidden_layers * key_heads * dim  # a token's keys and values
-    row = parameter.itemsize * numbers * (length + ROOM) + 40 * config.vocab_size
-    return max(1, free_memory(parameter.device) // 2 // row)
+    cache = parameter.itemsize * numbers * (length + ROOM)  # bytes
+    logits = 40 * config.vocab_size  # bytes, with all that is made of them
+    free = free_memory(parameter.device) // 2
+    return max(1, free // (cache + logits))
 
 
 def uniform_stream(seed: int, length: int) -> Tensor:
     """`length` uniform numbers in [0, 1) that belong to one completion alone, (length,)."""
-    return torch.rand(length, generator=torch.Generator().manual_seed(int(seed)))
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.rand(length, generator=generator)
 
 
 def sample_tokens(
     logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token a row: the first whose cumulative probability exceeds the uniform number.
+    """Draw a token a row: the first whose cumulative probability F exceeds the uniform number.
 
     logits (B, V), uniforms (B,) in [0, 1) → tokens (B,) and their log-probabilities (B,) under
     softmax(logits / temperature). A running sum over V is slow, so the sums of parts of V find the
@@ -295,13 +310,17 @@ def sample_tokens(
     parts = weights.view(len(weights), -1, SUMMED_TOGETHER)  # (B, n, SUMMED_TOGETHER)
     ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, n) F at the end of each part
 
-    target = uniforms[:, None] * ends[:, -1:]  # (B, 1)
+    total = ends[:, -1:]
+    target = uniforms[:, None] * total  # (B, 1)
     part = first_above(ends, target)
-    before = F.pad(ends, (1, 0)).gather(1, part)
-    own = parts[torch.arange(len(parts), device=parts.device), part[:, 0]]
-    inside = first_above(own.cumsum(-1, dtype=torch.float64), target - before)
-    tokens = part * SUMMED_TOGETHER + inside
-    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
+    starts = F.pad(ends, (1, 0))  # F in front of each part
+    left = target - starts.gather(1, part)
+    rows = torch.arange(len(parts), device=parts.device)
+    own = parts[rows, part[:, 0]]  # (B, SUMMED_TOGETHER)
+    inside = first_above(own.cumsum(-1, dtype=torch.float64), left)
+    tokens = part * SUMMED_TOGETHER + inside  # (B, 1)
+    logps = probabilities.gather(1, tokens).log()
+    return tokens[:, 0], logps[:, 0]
 
 
 def first_above(cdf: Tensor, target: Tensor) -> Tensor:
@@ -352,7 +371,9 @@ class VLLMSampler:
         top_p: float = 1.0,
         top_k: int = 0,
     ):
-        self.model, self.world, self.metrics = model, world, {}
+        self.model, self.world = model, world
+        self.metrics = {}
+        # In vLLM's own words.
         self.sampling = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(eos_token_ids)}
         self.sampling |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         self.stale = True  # the engine has other weights than the model
@@ -366,24 +387,31 @@ class VLLMSampler:
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model, self.stale = model, True
 
-    def generate(self, prompt_ids: Sequence[Ids], seeds: Sequence[int]) -> list[Completion]:
+    def generate(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
         started = time.perf_counter()
         self.metrics = {"time/sync": 0.0}
         if self.stale:
-            weights = ((name, full(tensor)) for name, tensor in lora.merged_parameters(self.model))
-            self._on_main(lambda: send_weights(self.engine, self.model, weights), weights)
+            self._send()
             self.stale = False
             self.metrics["time/sync"] = time.perf_counter() - started
-        mine = [(self.world.rank, list(p), s) for p, s in zip(prompt_ids, seeds, strict=True)]
-        rows = self.world.gather(mine)
+        rank = self.world.rank
+        mine = [(list(prompt), seed, rank) for prompt, seed in zip(prompt_ids, seeds, strict=True)]
+        rows = self.world.gather(mine)  # of all ranks: a group may lie across two
         completions = self._on_main(lambda: self._complete(rows))
-        return [c for (rank, _, _), c in zip(rows, completions) if rank == self.world.rank]
+        return [done for row, done in zip(rows, completions) if row[-1] == rank]
 
-    def _complete(self, rows: list[tuple[int, list[int], int]]) -> list[Completion]:
+    def _send(self) -> None:
+        """Every rank helps to put parameters together that are sharded."""
+        merged = lora.merged_parameters(self.model)
+        weights = ((name, full(tensor)) for name, tensor in merged)
+        self._on_main(lambda: send_weights(self.engine, self.model, weights), weights)
+
+    def _complete(self, rows: list[tuple]) -> list[Completion]:
+        """(prompt, seed, rank) … → the completions of all, in that order."""
         requests = []
-        for prompt, group in itertools.groupby(rows, key=lambda row: row[1]):
+        for prompt, group in itertools.groupby(rows, key=lambda row: row[0]):
             # One for a group: vLLM gives its i-th completion the seed of the request plus i.
-            seeds = [seed for _, _, seed in group]
+            seeds = [seed for _, seed, _ in group]
             requests.append((prompt, len(seeds), seeds[0]))
         return self.engine.complete(requests, self.sampling)
 
@@ -398,10 +426,11 @@ class VLLMSampler:
                 outcome = function()
             except SamplerError as error:
                 outcome = error
-            except OSError as error:  # no room for a log, no process to be had
+            except OSError as error:  # no room for its log, no process to be had
                 outcome = SamplerError(f"--use_vllm true: {error}")
+        # On rank 0 these are the weights that it came to no more, after an error.
         if is_sharded(self.model):
-            for _ in weights:  # on rank 0, those that it came to no more
+            for _ in weights:
                 pass
         outcome = self.world.from_main(outcome)
         if isinstance(outcome, SamplerError):
@@ -418,6 +447,7 @@ def send_weights(engine, model: torch.nn.Module, weights: Iterable[tuple[str, Te
 
     weights: lora.merged_parameters(model), full; adapters are merged one layer at a time.
     """
+    # Adapters change no shape, so all are known before the first is merged.
     announced = [(name, p.shape, p.dtype) for name, p in lora.plain_parameters(model)]
     engine.announce(announced)
     sent = Fingerprint()
@@ -464,7 +494,8 @@ class WeightGroup:
     def send(self, tensor: Tensor, is_there: Callable[[], bool], timeout: float) -> None:
         """ConnectionError when the engine is not there any more."""
         work = self.group.send([tensor], 1, 0)
-        while self.backend == "nccl" and not work.is_completed():  # NCCL waits for who is gone
+        # gloo fails when its peer is gone; NCCL would wait for ever.
+        while self.backend == "nccl" and not work.is_completed():
             if not is_there():
                 self.group.abort()
                 raise ConnectionError("the engine is gone")
@@ -489,17 +520,18 @@ class Fingerprint:
         self.hash = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        self.hash.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        whole_number = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
-        bits = tensor.flatten().view(whole_number)
+        shape = tuple(tensor.shape)
+        self.hash.update(f"{name} {shape} {tensor.dtype}".encode())
+        whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = tensor.flatten().view(whole_numbers[tensor.itemsize])
         in_rows = len(bits) // 1024 * 1024
         table = bits[:in_rows].view(-1, 1024)
-        # Few rows at once on a CPU, so that one thread sums them: the engine's and the trainer's
+        # On a CPU so few rows at once that one thread sums them: the engine's and the trainer's
         # threads would wait for each other.
         rows = 31 if tensor.device.type == "cpu" else max(1, len(table))
         sums = torch.tensor(0)
         for part in table.split(rows):
-            sums = sums + part.sum(0, dtype=torch.int64)
+            sums = sums + part.sum(0, dtype=torch.int64)  # (1024,)
         for part in (sums, bits[in_rows:]):
             self.hash.update(part.cpu().numpy())
 

@@ -7,17 +7,20 @@
 
     1        the policy π_θ is --model, and so is the reference π_ref
     2, 3     an outer loop that takes a new reference: left out, one reference serves the whole run
-    4 to 6   draw questions, sample G outputs of each from π_old = π_θ: --num_generations
-    7, 8     score them (--reward_funcs, --reward_model) and compare each with its group
-    9, 10    update μ times (--num_iterations) on the clipped objective (--epsilon, --beta)
-    11       retraining the reward model: left out
+    5 to 7   take P questions and sample G outputs of each from π_old = π_θ: --num_generations
+    8, 9     score them (--reward_funcs, --reward_model) and compare each with its group
+    10, 11   update μ times (--num_iterations) on the clipped objective (--epsilon, --beta)
+    12       training the reward model further: left out
+
+All probabilities are those of softmax(logits / temperature), which the sampler draws from. Beside the
+paper's defaults G is 8, for 64, and LoRA is trained, unless --train_type full.
 
 Ranks share the work: each samples and scores an equal slice of a batch, and trains on a slice of as
-many tokens as every other's. A group may lie across slices. Every random number belongs to a
-completion or to an epoch, so the number of ranks changes nothing but the time.
+many tokens as every other's. A group may lie across slices. A completion's random numbers are its
+own, so the number of ranks changes neither what is drawn to train on nor the gradient.
 
-To try a new idea: what is drawn is in `draw`, what a rank trains on in `share_out`, the objective in
-grpo.py. A metric that the loss returns reaches metrics.jsonl under its name.
+To try a new idea: how a batch comes about is in `draw`, what a rank trains on in `share_out`, the
+objective in grpo.py. A metric that the loss returns reaches metrics.jsonl under its name.
 """
 
 import sys
@@ -76,7 +79,7 @@ class TrainingOptions:
 
     num_train_epochs: Annotated[float, "passes over the dataset", "above 0"] = 1.0
     max_steps: Annotated[int | None, "optimizer steps; else num_train_epochs'", "from 1"] = None
-    per_device_train_batch_size: Annotated[int, "completions in a micro-batch", "from 1"] = 8
+    per_device_train_batch_size: Annotated[int, "completions a rank and micro-batch", "from 1"] = 8
     per_device_eval_batch_size: Annotated[int, "completions a rank evaluates at once", "from 1"] = 8
     gradient_accumulation_steps: Annotated[int, "micro-batches a step", "from 1"] = 1
     learning_rate: Annotated[float | None, "else 1e-4 for lora, 1e-6 for full", "from 0"] = None
@@ -109,15 +112,16 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         started = time.perf_counter()
         # Sample G completions of each of P prompts, score them, compare each with its group:
         # N completions with their rewards (N,) and advantages (N,), on every rank.
-        number = math.ceil(progress.step / args.num_iterations)
+        number = math.ceil(progress.step / args.num_iterations)  # a batch cut short has been used
         order = data.step_rows(number, P, len(inputs.train_rows), args.seed)
         prompts = [inputs.train_rows[i] for i in order]
         batch = draw(run, prompts, args.num_generations, number, progress.step + 1)
-        metrics = log.metrics_of(batch, run.rewards.names, args.num_generations)
+        metrics = log.metrics_of(batch, run.rewards.names)
         journal.completions(progress.step + 1, batch, run)
         progress.num_tokens += batch.num_tokens
 
-        # This rank's part of those with a gradient: micro-batches of B, with advantages (B,).
+        # This rank's part of those with a gradient, in micro-batches: B completions, few if they
+        # are long, with their advantages (B,).
         micro_batches, num_trained = share_out(run, batch)
         normalizers = grpo.Normalizers(
             completions=N,
@@ -256,11 +260,12 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     scored = time.perf_counter()
 
     # Compare.
+    metrics = world.sum(run.rewards.metrics()) | run.sampler.metrics
     advantages = torch.zeros(N)  # of single completions, as evaluations may draw
     if num_generations > 1:
-        advantages, _ = grpo.group_advantages(rewards, num_generations)  # (N,)
-
-    metrics = world.sum(run.rewards.metrics()) | run.sampler.metrics
+        advantages, stds = grpo.group_advantages(rewards, num_generations)  # (N,), (N / G,)
+        metrics["reward_std"] = stds.mean().item()
+        metrics["zero_std_groups"] = (stds == 0).float().mean().item()
     metrics["time/generate"] = sampled - started - metrics.get("time/sync", 0.0)
     metrics["time/reward"] = scored - sampled
     return Batch(prompt_ids, completions, scores, rewards, advantages, metrics)
@@ -342,7 +347,7 @@ def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
     for first in range(0, len(rows), prompts_at_once):
         part = rows[first : first + prompts_at_once]
         batch = draw(run, part, G, EVALUATION + first, step)
-        metrics = log.metrics_of(batch, run.rewards.names, G)
+        metrics = log.metrics_of(batch, run.rewards.names)
         parts.append((len(batch.completions), metrics))
     if parts:
         journal.evaluation(step, log.weighted_mean(parts))
@@ -393,7 +398,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
     else:
         model.to(world.device)
     if is_fast(args):
-        return model, dist.forward(fast.prepare, model)
+        return model, fast.prepare(model)
     return model, ["none"]
 
 

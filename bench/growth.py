@@ -8,7 +8,7 @@ completions of exactly T tokens; a vocabulary of 152 k is its own head and embed
 figure is a process of its own: seconds of generation are of one call, of the training pass the median of three (of one
 from MANY tokens on), each after one that does not count; generation warms up with a few tokens alone. Memory is what
 the process's peak lies above its size with the model loaded and all that this freed given back. The head's memory is that
-of `grpo.logps_from_hidden_states` alone, forward and backward, with a head that is frozen: one that is trained has its
+of `fast.head.logps_from_hidden_states` alone, forward and backward, with a head that is frozen: one that is trained has its
 gradient besides, whatever the number of tokens.
 """
 
@@ -52,35 +52,40 @@ def measure(what: str, G: int, T: int, vocabulary: int) -> dict[str, float]:
     from step import load_model, prompt_ids
 
     import dist
-    import grpo
+    import fast
+    from fast.head import logps_from_hidden_states
     from sampler import ModelSampler
 
     dist.start(dist.find_world())
+    fast.use_cpu_well(1)
     model = load_model()
     if vocabulary > model.config.vocab_size:
         model.resize_token_embeddings(vocabulary)
-    grpo.prepare(model)
+    fast.prepare(model)
     prompts = prompt_ids(8)[:1] * G
-    completions = torch.randint(100, 40_000, (G, T), generator=torch.Generator().manual_seed(0)).tolist()
+    completions = torch.randint(
+        100, 40_000, (G, T), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     ctypes.CDLL(None).malloc_trim(0)
     peak_MB()
     before = peak_MB()
     if what == "generate":
-        ModelSampler(model, eos_token_ids=[], max_new_tokens=8).generate(prompts, range(G))
-        sampler = ModelSampler(model, eos_token_ids=[], max_new_tokens=T)
+        settings = {"eos_token_ids": [], "decoder": fast.decoder_for(model)}
+        ModelSampler(model, max_new_tokens=8, **settings).generate(prompts, range(G))
+        sampler = ModelSampler(model, max_new_tokens=T, **settings)
         taken = seconds(lambda: sampler.generate(prompts, range(G)), 1)
         return {"generate_s": taken, "generate_MB": peak_MB() - before}
     if what == "head":
         model.requires_grad_(False)
         hidden = torch.randn(G * T, model.config.hidden_size, dtype=model.dtype).requires_grad_()
         targets = torch.tensor(completions).flatten()
-        logps, _ = grpo.logps_from_hidden_states(model, hidden, targets, 1.0)
+        logps, _ = logps_from_hidden_states(model, hidden, targets, 1.0)
         logps.sum().backward()
         return {"head_MB": peak_MB() - before}
 
     def train() -> None:
         model.zero_grad()
-        logps, _, mask = grpo.completion_logps(model, prompts, completions, 1.0)
+        logps, _, mask = fast.completion_logps(model, prompts, completions, 1.0)
         (logps * mask).sum().backward()
 
     train()
@@ -92,11 +97,16 @@ def main(names: list[str]) -> None:
 
     file = HERE / "growth.json"
     columns = ["generate s", "tokens/s", "MB", "pass s", "tokens/s", "MB", "head MB"]
-    print(f"{precision():12}{'G':>4}{'T':>6}{'vocabulary':>12}" + "".join(f"{name:>11}" for name in columns))
+    print(
+        f"{precision():12}{'G':>4}{'T':>6}{'vocabulary':>12}"
+        + "".join(f"{name:>11}" for name in columns)
+    )
     known = json.loads(file.read_text()) if file.exists() else []
     for row in (row for name in names for row in ROWS[name]):
         result = {"torch_dtype": precision()} | row
-        known = [other for other in known if any(other[name] != value for name, value in result.items())]
+        known = [
+            other for other in known if any(other[name] != value for name, value in result.items())
+        ]
         for what in ("generate", "train", "head"):
             command = [sys.executable, __file__, what, *map(str, row.values())]
             run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)

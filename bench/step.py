@@ -96,22 +96,25 @@ def prompt_ids(count: int) -> list[list[int]]:
 def our_step(count: int, kind: str, turn: Callable[[], None]) -> None:
     """train.py itself, which waits for its turn whenever it has logged a step."""
     import dist
+    import fast
     import rewards
     import train
+    from run import flags
+    from run.log import Log
 
-    make, log = train.make_sampler, train.Log.step
+    make, log = train.make_sampler, Log.step
 
     def without_ends(*args):
         sampler = make(*args)
-        sampler.eos = sampler.eos[:0]
+        sampler.eos, sampler.ends = sampler.eos[:0], set()
         return sampler
 
     def step(*args):
         log(*args)
         turn()
 
-    rewards.orms["bench"], train.make_sampler, train.Log.step = reward, without_ends, step
-    flags = [
+    rewards.orms["bench"], train.make_sampler, Log.step = reward, without_ends, step
+    words = [
         "--dataset", "arithmetic", "--reward_funcs", "bench", "--output_dir", tempfile.mkdtemp(), "--train_type", kind,
         "--lora_rank", RANK, "--lora_alpha", ALPHA, "--learning_rate", LEARNING_RATE, "--beta", BETA, "--num_generations",
         G, "--per_device_train_batch_size", micro_batch(count), "--gradient_accumulation_steps",
@@ -120,7 +123,8 @@ def our_step(count: int, kind: str, turn: Callable[[], None]) -> None:
     ]  # fmt: skip
     world = dist.find_world()
     dist.start(world)
-    train.train(train.parse_args([str(flag) for flag in flags]), world)
+    fast.use_cpu_well(1)
+    train.train(flags.parse_args([str(word) for word in words]), world)
 
 
 def trl_trainer(count: int, kind: str, callbacks=()):
@@ -187,17 +191,24 @@ def a_batch(count: int):
 
 def our_pass(count: int, kind: str, turn: Callable[[], None]) -> None:
     import dist
+    import fast
     import grpo
 
     dist.start(dist.find_world())
+    fast.use_cpu_well(1)
     model, _reference = load_model().train(), load_model()  # TRL's trainer holds a reference, too
-    grpo.prepare(model)
-    ids, completions, advantages, ref = a_batch(count)
-    settings = {"epsilon": 0.2, "beta": BETA, "num_completions": count}
+    fast.prepare(model)
+    ids, completions, advantages, noise = a_batch(count)
+    settings = {
+        "options": grpo.Options(beta=BETA),
+        "normalizers": grpo.Normalizers(count, count * TOKENS, TOKENS),
+    }
     while True:
         model.zero_grad()
-        logps, _, mask = grpo.completion_logps(model, ids, completions, 1.0)
-        loss, _ = grpo.grpo_loss(logps, logps.detach(), logps.detach() + 0.1 * ref, advantages, mask, **settings)
+        logps, entropies, mask = fast.completion_logps(model, ids, completions, 1.0)
+        old = logps.detach()
+        ref = old + 0.1 * noise
+        loss, _ = grpo.grpo_loss(logps, entropies, old, ref, advantages, mask, **settings)
         loss.backward()
         turn()
 
@@ -226,13 +237,15 @@ def trl_pass(count: int, kind: str, turn: Callable[[], None]) -> None:
 
 def our_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
     import dist
-    import grpo
+    import fast
     from sampler import ModelSampler
 
     dist.start(dist.find_world())
-    model = load_model()
-    grpo.prepare(model)
-    sampler, ids = ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS), prompt_ids(count)
+    fast.use_cpu_well(1)
+    model, ids = load_model(), prompt_ids(count)
+    fast.prepare(model)
+    settings = {"eos_token_ids": [], "max_new_tokens": TOKENS}
+    sampler = ModelSampler(model, **settings, decoder=fast.decoder_for(model))
     while True:
         assert all(len(c.ids) == TOKENS for c in sampler.generate(ids, range(count)))
         turn()
@@ -264,7 +277,15 @@ def vllm_generate(count: int, kind: str, turn: Callable[[], None]) -> None:
     )  # fmt: skip
     ids = prompt_ids(count)[::G]
     settings = [
-        SamplingParams(n=G, temperature=1.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, seed=i, detokenize=False)
+        SamplingParams(
+            n=G,
+            temperature=1.0,
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            logprobs=0,
+            seed=i,
+            detokenize=False,
+        )
         for i in range(len(ids))
     ]
     while True:
@@ -298,7 +319,9 @@ def contestant(what: str, who: str, count: str, kind: str) -> None:
         nonlocal started
         if started:
             with contextlib.suppress(BrokenPipeError):
-                print(time.perf_counter() - started, peak_MB(os.getsid(0)), file=answers, flush=True)
+                print(
+                    time.perf_counter() - started, peak_MB(os.getsid(0)), file=answers, flush=True
+                )
         if not sys.stdin.readline():  # the benchmark is gone, however it ended
             os.killpg(0, signal.SIGKILL)  # vLLM's worker, too
         started = time.perf_counter()
@@ -320,7 +343,9 @@ def peak_MB(session: int) -> float:
 def end(processes: dict[str, subprocess.Popen]) -> None:
     for process in processes.values():
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine and worker are processes of their own
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # vLLM's engine and worker are processes of their own
         process.wait()
 
 
@@ -341,7 +366,9 @@ def measure(row: str) -> dict:
             command = [sys.executable, __file__, what, name, str(count), kind]
             with log.open("a") as file:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file}
-                processes[name] = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
+                processes[name] = subprocess.Popen(
+                    command, text=True, env=environment, start_new_session=True, **pipes
+                )
         for name, process in list(processes.items()) * (1 + REPEATS[what]):
             time.sleep(PAUSE)
             process.stdin.write("\n")
@@ -371,8 +398,16 @@ def measure(row: str) -> dict:
         }
         if what == "generate":
             bytes_read = TOKENS * sum(p.nbytes for p in load_model().parameters())
-            table[name]["of_memory_bandwidth"] = bytes_read / seconds / machine["memory_GB_per_s"] / 1e9
-    return {"row": row, "torch_dtype": precision(), "turns": REPEATS[what], "machine": machine, "contestants": table}
+            table[name]["of_memory_bandwidth"] = (
+                bytes_read / seconds / machine["memory_GB_per_s"] / 1e9
+            )
+    return {
+        "row": row,
+        "torch_dtype": precision(),
+        "turns": REPEATS[what],
+        "machine": machine,
+        "contestants": table,
+    }
 
 
 def operations(what: str, count: int, kind: str) -> float:
@@ -381,16 +416,18 @@ def operations(what: str, count: int, kind: str) -> float:
     2 a weight and token forward, as many backward to the inputs and, for full training, to the weights. What prompts
     share is computed once.
     """
-    import grpo
+    from fast.packed import Pack
 
     model = load_model()
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head
     ids, completions, *_ = a_batch(count)
-    rows, tokens = grpo.Pack(ids, completions, model.config, "cpu").ids.numel(), count * TOKENS
+    rows, tokens = Pack(ids, completions, model.config, "cpu").ids.numel(), count * TOKENS
     forward, generated = 2 * (rows * body + tokens * head), 2 * tokens * (body + head)
     train = {"lora": 2, "full": 3}[kind] * forward
-    return {"generate": generated, "pass": train, "step": generated + train + forward}[what]  # with a reference
+    return {"generate": generated, "pass": train, "step": generated + train + forward}[
+        what
+    ]  # with a reference
 
 
 def limits() -> dict[str, float]:
@@ -417,8 +454,12 @@ def limits() -> dict[str, float]:
 def cpu() -> str:
     """The processor's name, and which vector instructions it has."""
     text = Path("/proc/cpuinfo").read_text()
-    name, flags = (re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "flags"))
-    vectors = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(flags[1].split() if flags else ())
+    name, flags = (
+        re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "flags")
+    )
+    vectors = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(
+        flags[1].split() if flags else ()
+    )
     return " ".join([name[1] if name else platform.machine(), *sorted(vectors)])
 
 
@@ -426,9 +467,21 @@ def main(rows: list[str]) -> None:
     import torch
 
     if unknown := set(rows) - set(ROWS):
-        sys.exit(f"bench/step.py: {unknown.pop()}: there is no such row; there are: {'; '.join(ROWS)}")
-    columns = [("seconds", 9), ("tokens/s", 10), ("× ours", 8), ("peak MB", 9), ("× ours", 8), ("of matmul", 11)]
-    print(f"{precision():38}{'':14}" + "".join(f"{name:>{width}}" for name, width in [*columns, ("of memory", 11)]))
+        sys.exit(
+            f"bench/step.py: {unknown.pop()}: there is no such row; there are: {'; '.join(ROWS)}"
+        )
+    columns = [
+        ("seconds", 9),
+        ("tokens/s", 10),
+        ("× ours", 8),
+        ("peak MB", 9),
+        ("× ours", 8),
+        ("of matmul", 11),
+    ]
+    print(
+        f"{precision():38}{'':14}"
+        + "".join(f"{name:>{width}}" for name, width in [*columns, ("of memory", 11)])
+    )
     file = Path(__file__).with_suffix(".json")
     for row in rows or ROWS:
         result = measure(row)

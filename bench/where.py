@@ -22,9 +22,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from step import TOKENS, a_batch, limits, load_model, operations, precision  # noqa: E402
 
 import dist  # noqa: E402
+import fast  # noqa: E402
 import grpo  # noqa: E402
 import lora  # noqa: E402
 import sampler  # noqa: E402
+from fast.decoder import DecodingLayer, FusedLinear  # noqa: E402
+from fast.head import HeadLogps  # noqa: E402
+from fast.packed import PackedAttention  # noqa: E402
 
 REPEATS = 3
 ROWS = {"16 completions, full": (16, "full"), "64 completions, LoRA": (64, "lora")}
@@ -50,19 +54,21 @@ def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
     model = load_model()
     if kind == "lora":
         lora.inject(model, 16, 32)
-    grpo.prepare(model)
+    fast.prepare(model)
     optimizer = dist.ZeroAdamW(model.named_parameters(), max_grad_norm=1.0)
     ids, completions, advantages, _ = a_batch(count)
-    policy = sampler.ModelSampler(model, eos_token_ids=[], max_new_tokens=TOKENS)
+    settings = {"eos_token_ids": [], "max_new_tokens": TOKENS}
+    policy = sampler.ModelSampler(model, **settings, decoder=fast.decoder_for(model))
+    normalizers = grpo.Normalizers(count, count * TOKENS, TOKENS)
 
     def generate() -> None:
         policy.generate(ids, range(count))
 
     def train() -> None:
-        logps, _, mask = grpo.completion_logps(model, ids, completions, 1.0)
-        loss, _ = grpo.grpo_loss(
-            logps, logps.detach(), None, advantages, mask, epsilon=0.2, beta=0.0, num_completions=count
-        )
+        logps, entropies, mask = fast.completion_logps(model, ids, completions, 1.0)
+        tensors = (logps, entropies, logps.detach(), None, advantages, mask)
+        options = grpo.Options(beta=0.0)
+        loss, _ = grpo.grpo_loss(*tensors, options=options, normalizers=normalizers)
         optimizer.backward(loss)
         optimizer.step(0.0)
 
@@ -75,7 +81,9 @@ def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
             work()
             total = time.perf_counter() - started
             turns.append(dict(spent) | {"the rest": total - sum(spent.values())})
-        result[name] = {part: statistics.median(turn[part] for turn in turns[1:]) for part in turns[-1]}
+        result[name] = {
+            part: statistics.median(turn[part] for turn in turns[1:]) for part in turns[-1]
+        }
     for name, what in (("generation", "generate"), ("training", "pass")):
         result[name]["operations"] = operations(what, count, kind)
     return result
@@ -83,23 +91,26 @@ def parts(count: int, kind: str) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     dist.start(dist.find_world())
-    timed(grpo.PackedAttention, "forward", "attention")
-    timed(grpo.PackedAttention, "backward", "attention")
-    timed(grpo.HeadLogps, "forward", "head and log-probabilities")
-    timed(grpo.HeadLogps, "backward", "head and log-probabilities")
-    timed(grpo, "completion_hidden_states", "layers, forward")
+    fast.use_cpu_well(1)
+    timed(PackedAttention, "forward", "attention")
+    timed(PackedAttention, "backward", "attention")
+    timed(HeadLogps, "forward", "head and log-probabilities")
+    timed(HeadLogps, "backward", "head and log-probabilities")
+    timed(fast, "completion_hidden_states", "layers, forward")
     timed(dist.ZeroAdamW, "backward", "layers, backward")
     timed(dist.ZeroAdamW, "step", "optimizer")
-    timed(sampler.FusedLinear, "__init__", "packing the weights")
-    timed(sampler.FusedLinear, "__call__", "linear layers and head")
-    timed(sampler.DecodingLayer, "attend", "attention")
-    timed(sampler.DecodingLayer, "update", "attention")
+    timed(FusedLinear, "__init__", "packing the weights")
+    timed(FusedLinear, "__call__", "linear layers and head")
+    timed(DecodingLayer, "attend", "attention")
+    timed(DecodingLayer, "update", "attention")
     timed(sampler, "sample_tokens", "drawing tokens")
     peaks, results = [limits()], {}
     for row, settings in ROWS.items():
         results[row] = parts(*settings)
         peaks.append(limits())
-    machine = {name: max(peak[name] for peak in peaks) for name in peaks[0]}  # others use these cores, too
+    machine = {
+        name: max(peak[name] for peak in peaks) for name in peaks[0]
+    }  # others use these cores, too
     for row, works in results.items():
         for name, turn in works.items():
             operations = turn.pop("operations")
@@ -111,7 +122,9 @@ def main() -> None:
                     print(f"    {part:28}{seconds:8.2f} s {seconds / total:6.0%}")
     file = HERE / "where.json"
     known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(known | {precision(): {"machine": machine, "results": results}}, indent=2) + "\n")
+    file.write_text(
+        json.dumps(known | {precision(): {"machine": machine, "results": results}}, indent=2) + "\n"
+    )
     draw(results)
 
 
@@ -121,8 +134,12 @@ def draw(results: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    bars = [(f"{row}\n{name}", turn) for row, works in results.items() for name, turn in works.items()][::-1]
-    names = sorted({part for _, turn in bars for part in turn} - {"floor", "the rest"}) + ["the rest"]
+    bars = [
+        (f"{row}\n{name}", turn) for row, works in results.items() for name, turn in works.items()
+    ][::-1]
+    names = sorted({part for _, turn in bars for part in turn} - {"floor", "the rest"}) + [
+        "the rest"
+    ]
     figure, axes = plt.subplots(figsize=(10, 4.5))
     left = [0.0] * len(bars)
     for color, part in zip(plt.get_cmap("tab20").colors, names):
@@ -133,7 +150,9 @@ def draw(results: dict) -> None:
         total = sum(turn.values()) - turn["floor"]
         axes.text(1.01, y, f"{total:.1f} s", va="center")
         axes.plot([turn["floor"] / total] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
-    axes.set(xlim=(0, 1), xlabel="share of the time; black: what its matrix products alone would take")
+    axes.set(
+        xlim=(0, 1), xlabel="share of the time; black: what its matrix products alone would take"
+    )
     axes.legend(ncol=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, 1.0))
     figure.tight_layout()
     figure.savefig(HERE.parent / "docs" / f"where-{precision()}.png", dpi=120)

@@ -2,11 +2,12 @@
 
     python bench/zero.py               prints tables and writes bench/zero.json
 
-The embedded model with random weights, all of them trained. Memory is what malloc has handed out and not taken back,
-C++ included: at the end of the second backward pass, when all gradients and moments are there, and the most seen in it.
-Bytes sent are what the kernel has sent on this process's TCP connections in one step. For the time, contestants take
-ROUNDS turns, in two processes of one thread each, with one step that does not count and STEPS that do; the ratio is the
-median over rounds of a contestant's seconds to ours in the same round.
+The embedded model with random weights, all of them trained. Memory is what malloc has handed out
+and not taken back, C++ included: at the end of the second backward pass, when all gradients and
+moments are there, and the most seen in it. Bytes sent are what the kernel has sent on this
+process's TCP connections in one step. For the time, contestants take ROUNDS turns, in two processes
+of one thread each, with one step that does not count and STEPS that do; the ratio is the median
+over rounds of a contestant's seconds to ours in the same round.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # and not in tests that borrow the instruments
+if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch  # noqa: E402
@@ -35,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist  # noqa: E402
+from fast.cpu import use_cpu_well  # noqa: E402
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
 LIBC = ctypes.CDLL(None)
@@ -117,13 +119,16 @@ CONTESTANTS = {
     "ours, none": functools.partial(ours, shard=False),
     "DDP + AdamW": functools.partial(ddp, make=adamw),
     "DDP + ZeroRedundancyOptimizer": functools.partial(ddp, make=zero_redundancy),
-    "the same, fused AdamW": functools.partial(ddp, make=functools.partial(zero_redundancy, fused=True)),
+    "the same, fused AdamW": functools.partial(
+        ddp, make=functools.partial(zero_redundancy, fused=True)
+    ),
     "fully_shard + AdamW": fsdp,
     "fully_shard + fused AdamW": functools.partial(fsdp, fused=True),
 }
 
 NOT_TIMED = ["DDP + AdamW"]
-# Weights as each trains them in bfloat16: DDP and ZeroRedundancyOptimizer have no master weights beside bfloat16 ones.
+# Weights as each trains them in bfloat16: DDP and ZeroRedundancyOptimizer have no master weights
+# beside bfloat16 ones.
 IN_MEMORY = {
     "ours, zero2": torch.bfloat16,
     "ours, none": torch.bfloat16,
@@ -144,8 +149,8 @@ class MallocInfo(ctypes.Structure):  # struct mallinfo2 of malloc.h
 def bytes_held() -> int:
     """Bytes that malloc has handed out, to whatever library, and not taken back (glibc).
 
-    Of threads other than the first it knows only large blocks, those that have pages of their own: from 64 KiB on if
-    `malloc_by_pages` was called first of all.
+    Of threads other than the first it knows only large blocks, those that have pages of their own:
+    from 64 KiB on if `malloc_by_pages` was called first of all.
     """
     info = LIBC.mallinfo2()
     return info.hblkhd + info.uordblks
@@ -157,8 +162,8 @@ def malloc_by_pages() -> None:
 
 
 def memory(*phases) -> list[tuple[int, int]]:
-    """Run functions one after the other → for each, bytes held at its end, and the most seen while it ran, counted from
-    when the first began."""
+    """Run functions one after the other → for each, bytes held at its end, and the most seen while
+    it ran, counted from when the first began."""
     gc.collect()
     start, results = bytes_held(), []
     for phase in phases:
@@ -180,14 +185,16 @@ def memory(*phases) -> list[tuple[int, int]]:
 
 
 def bytes_sent() -> int:
-    """What this process has sent on all its TCP connections so far, as the kernel counts it (Linux, tcp_info)."""
+    """What this process has sent on all its TCP connections so far, as the kernel counts it."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
             with socket.socket(fileno=os.dup(int(name))) as connection:
-                if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if is_tcp and connection.type == socket.SOCK_STREAM:
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    sent, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
+                    # Linux's tcp_info: tcpi_bytes_sent and, of those, tcpi_bytes_retrans
+                    sent, again = struct.unpack_from("QQ", info, 200)
                     total += sent - again
         except OSError:  # not a socket, or closed meanwhile
             continue
@@ -230,11 +237,13 @@ def measure_memory(name: str, dtype: torch.dtype) -> dict:
 
 
 def measure_turn(name: str, dtype: torch.dtype) -> dict:
-    """Seconds of a step, the median of STEPS after one that does not count, and how many of them ours waited."""
-    dist.use_cpu_well(2)  # all contestants, as train.py does
+    """Seconds of a step, the median of STEPS after one that does not count, and how many of them
+    ours waited."""
+    use_cpu_well(2)  # all contestants, as train.py does
     backward, update = CONTESTANTS[name](dtype)
     slow = dtype == torch.bfloat16 and not dist.has_bfloat16(torch.device("cpu"))
-    shape = (1, 4) if slow else (SEQUENCES, LENGTH)  # so slow that with more tokens nothing else would be seen
+    # Emulated it is so slow that with more tokens nothing else would be seen.
+    shape = (1, 4) if slow else (SEQUENCES, LENGTH)
     ids, turns = torch.randint(1000, shape), []
     for _ in range(1 + STEPS):
         torch.distributed.barrier()
@@ -253,13 +262,18 @@ def measure_time(dtype: torch.dtype) -> dict:
     for _ in range(ROUNDS):
         rounds.append({name: run(2, measure_turn, name, dtype) for name in names})
         print(
-            dtype, {name: round(turn["seconds"], 3) for name, turn in rounds[-1].items()}, file=sys.stderr, flush=True
+            dtype,
+            {name: round(turn["seconds"], 3) for name, turn in rounds[-1].items()},
+            file=sys.stderr,
+            flush=True,
         )
     table = {}
     for name in names:
         table[name] = {
             "seconds": statistics.median(r[name]["seconds"] for r in rounds),
-            "times ours": statistics.median(r[name]["seconds"] / r["ours, zero2"]["seconds"] for r in rounds),
+            "times ours": statistics.median(
+                r[name]["seconds"] / r["ours, zero2"]["seconds"] for r in rounds
+            ),
         }
         if rounds[0][name]["waiting"] is not None:
             table[name]["waiting"] = statistics.median(r[name]["waiting"] for r in rounds)
@@ -269,7 +283,9 @@ def measure_time(dtype: torch.dtype) -> dict:
 def rank(index: int, ranks: int, folder: str, measure, *args) -> None:
     """One process of a measurement; rank 0 keeps the result."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=index, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=index, world_size=ranks
+    )
     torch.manual_seed(index)
     result = measure(*args)
     if index == 0:
@@ -279,7 +295,8 @@ def rank(index: int, ranks: int, folder: str, measure, *args) -> None:
 
 
 def run(ranks: int, measure, *args) -> dict:
-    """What `measure` returns on rank 0 of so many processes. Forked, since to import everything takes longer."""
+    """What `measure` returns on rank 0 of so many processes. Forked, since to import everything
+    takes longer."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, folder, measure, *args)
         torch.multiprocessing.start_processes(rank, arguments, nprocs=ranks, start_method="fork")
@@ -292,7 +309,11 @@ def main(what: list[str]) -> None:
 
     file = Path(__file__).with_suffix(".json")
     results = json.loads(file.read_text()) if what and file.exists() else {}
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
     machine["bfloat16 instructions"] = dist.has_bfloat16(torch.device("cpu"))
     results["machine"] = machine
     if not what or "memory" in what:
@@ -301,10 +322,14 @@ def main(what: list[str]) -> None:
             table[name] = {ranks: run(ranks, measure_memory, name, dtype) for ranks in (1, 2, 4)}
         results["memory"] = table
         print(
-            f"{'bytes a parameter, a rank':32}" + "".join(f"{f'N = {n}':>8}{'peak':>8}{'sent':>8}" for n in (1, 2, 4))
+            f"{'bytes a parameter, a rank':32}"
+            + "".join(f"{f'N = {n}':>8}{'peak':>8}{'sent':>8}" for n in (1, 2, 4))
         )
         for name, row in table.items():
-            print(f"{name:32}" + "".join(f"{value:8.2f}" for cell in row.values() for value in cell.values()))
+            print(
+                f"{name:32}"
+                + "".join(f"{value:8.2f}" for cell in row.values() for value in cell.values())
+            )
     for dtype in (torch.float32, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
         if what and kind not in what:

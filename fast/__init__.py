@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import dist
 import grpo
 from fast import adapters, decoder, remade
 from fast.cpu import use_cpu_well
@@ -79,12 +80,12 @@ def prepare(model: torch.nn.Module) -> list[str]:
     known packs nothing, so that "grouped" attention says that both are (fast/decoder.py).
     """
     adapted = adapters.prepare(model)
-    model.has_known_head = head_is_plain(model)
+    model.has_known_head = dist.forward(head_is_plain, model)
     if not model.has_known_head:
         others = "no others (it does more with its logits than the chunked head knows of)"
         return ["adapters", others] if adapted else [others]
 
-    own = trial(model)
+    own = dist.forward(trial, model)
     why_not = {
         "packed rows": try_packed_rows(model, own),
         "chunked head": "",
@@ -143,7 +144,7 @@ def differs(model: torch.nn.Module, own: Tensor) -> bool:
     bfloat16 and 1e-6 in float32; or whether it does not run at all."""
     limit = 0.1 if own.dtype == torch.bfloat16 else 1e-4
     try:
-        hidden = trial(model)
+        hidden = dist.forward(trial, model)
     except (AttributeError, RuntimeError, TypeError):  # values narrower than keys, other arguments
         return True
     errors = (hidden - own).norm(dim=1) / own.norm(dim=1)

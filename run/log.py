@@ -47,19 +47,13 @@ def weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]
     return together
 
 
-def metrics_of(batch, names: list[str], num_generations: int) -> dict[str, float]:
-    """What a batch (train.Batch) tells: means over its completions and groups, and its own metrics.
+def metrics_of(batch, names: list[str]) -> dict[str, float]:
+    """What a batch (train.Batch) tells: means over its completions, and its own metrics.
 
     names: of the reward functions. The mean of one is over the completions that it applies to.
     """
     N = len(batch.completions)
     metrics = {"reward": batch.rewards.mean().item()}
-    if num_generations > 1:
-        groups = batch.rewards.view(-1, num_generations)
-        stds = groups.std(dim=1)
-        equal = groups.amax(1) == groups.amin(1)
-        metrics["reward_std"] = stds.masked_fill(equal, 0.0).mean().item()
-        metrics["zero_std_groups"] = equal.float().mean().item()
     for name, column in zip(names, zip(*batch.scores)):
         values = [value for value in column if value is not None]
         if values:

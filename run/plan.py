@@ -9,10 +9,10 @@ and the peak is the moment of the largest sum:
     generate   the keys and values of all completions of the step                              sampler.py
     backward   a micro-batch has run forward; what autograd kept of every layer waits          fast/
     update     the gradients are complete, the activations gone                                dist.py
-    save       rank 0 collects the optimizer's whole state in its host's memory                train.py
+    save       rank 0 collects the optimizer's whole state in its host's memory                run/checkpoints.py
 
 A formula is printed as it is computed: `terms` evaluates these very strings. They were read off the code of a decoder
-of Llama's shape (Qwen 2 and 3, Mistral, SmolLM 2): tests/test_plan.py counts what autograd keeps of three, and
+of Llama's shape (Qwen 2 and 3, Mistral, SmolLM 2): tests/run/test_plan.py counts what autograd keeps of three, and
 bench/memory.py measures whole runs. For other shapes they are an estimate. What a GPU's driver, NCCL and gaps between
 tensors take is not in them.
 """

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -29,12 +30,26 @@ ARCHITECTURES = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 4}),
     "granite": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 3.0}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.3}),
-    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),  # some layers know no positions
-    "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {}),  # norms of transposed tensors
+    "smollm3": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {"no_rope_layer_interval": 2},
+    ),  # some layers know no positions
+    "hunyuan": (
+        "HunYuanDenseV1Config",
+        "HunYuanDenseV1ForCausalLM",
+        {},
+    ),  # norms of transposed tensors
     "deepseek3": (  # keys wider than values
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
-        {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+        }
         | {"v_head_dim": 8, "first_k_dense_replace": 3},
     ),
 }
@@ -140,7 +155,13 @@ def start_train(*flags, processes: int = 1, root: Path = ROOT, **env) -> subproc
     """train.py in processes of its own, as a user starts it, one thread each."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
     return subprocess.Popen(
         [*command, str(root / "train.py"), *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  # which fully_shard would import in every rank
 import torch.multiprocessing as multiprocessing
 
 import dist
@@ -26,7 +27,13 @@ def in_processes(ranks: int, folder: Path, function: Callable, *args) -> list:
     """What function(world, *args) returns in each of `ranks` processes that have met."""
     folder.mkdir(exist_ok=True)
     arguments = (ranks, folder, function, *args)
-    multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="fork")
+    # What is frozen is not looked at by the ranks' garbage collectors, so it need not be copied.
+    gc.collect()
+    gc.freeze()
+    try:
+        multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="fork")
+    finally:
+        gc.unfreeze()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -46,7 +53,7 @@ class Forked:
     """function(*args) in a process of its own, with changes to the environment."""
 
     def __init__(self, output: Path, function: Callable, *args, **environment):
-        self.file = output
+        self.file, self.environment = output, environment
         arguments = (output, environment, function, *args)
         self.process = FORK.Process(target=_talk, args=arguments)
         self.process.start()
@@ -58,22 +65,34 @@ class Forked:
 
     def end(self, timeout: float) -> tuple[int, str]:
         """Wait for its end → exit status, and all that it has printed."""
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.said}"
+        if not self._ends(timeout):
+            raise AssertionError(f"still running after {timeout} s: {self.said}")
         return self.process.exitcode, self.said
 
     def says(self, line: str, timeout: float) -> None:
         """Wait until it has printed this."""
         deadline = time.monotonic() + timeout
-        while line not in self.said:
-            assert time.monotonic() < deadline and self.process.is_alive(), self.said
+        while True:
+            goes_on = time.monotonic() < deadline and self.process.is_alive()
+            if line in self.said:
+                return
+            assert goes_on, self.said
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """End it, stopped or not."""
-        if self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
+        """End it, stopped or not, and let it end what it has started."""
+        for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
+            if self.process.is_alive():
+                os.kill(self.process.pid, number)
+            if number != signal.SIGCONT:
+                self._ends(timeout=10)
+
+    def _ends(self, timeout: float) -> bool:
+        """Not by join, which does not see the end of another program in the process."""
+        deadline = time.monotonic() + timeout
+        while self.process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return not self.process.is_alive()
 
 
 def _talk(output: Path, environment: dict, function: Callable, *args) -> None:

@@ -1,4 +1,4 @@
-"""What data.py promises: on rows written by hand, on GSM8K, and with the embedded model's tokenizer."""
+"""What data.py promises: on rows written by hand, on GSM8K, with the embedded model's tokenizer."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def error_of(function, *args, **kwargs):
     return message
 
 
-# Layouts -------------------------------------------------------------------------------------------
+# Layouts ----------------------------------------------------------------------------------------
 
 
 def test_numina_math_rows_work_as_they_come():
@@ -140,7 +140,7 @@ def test_the_reference_is_solution_else_answer_else_the_prose(write, columns, ex
     assert row["prompt"] == [user("q")]
 
 
-# Several datasets, files and samples ---------------------------------------------------------------
+# Several datasets, files and samples ------------------------------------------------------------
 
 
 def test_mixed_datasets_fill_missing_columns_with_none(write):
@@ -188,7 +188,7 @@ def test_a_file_name_may_hold_a_hash(write):
     assert len(data.load_rows([f"{path}#1"])) == 1
 
 
-# The built-in task ---------------------------------------------------------------------------------
+# The built-in task ------------------------------------------------------------------------------
 
 
 def terms(row):
@@ -239,7 +239,7 @@ def test_the_guides_prompt_is_the_papers():
     assert prompt.count("\n") == 1
 
 
-# --system ------------------------------------------------------------------------------------------
+# --system ---------------------------------------------------------------------------------------
 
 
 def test_system_is_text_or_a_file(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_a_system_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     assert error_of(data.read_system, "folder.md").startswith("--system folder.md: is a directory")
 
 
-# Bad datasets --------------------------------------------------------------------------------------
+# Bad datasets -----------------------------------------------------------------------------------
 
 GOOD = '{"question": "a", "answer": "1"}\n'
 
@@ -374,7 +374,7 @@ def test_a_reference_that_is_no_text_is_for_rewards_of_ones_own(write):
     )
 
 
-# Tokens --------------------------------------------------------------------------------------------
+# Tokens -----------------------------------------------------------------------------------------
 
 
 def test_prompt_ids_are_the_templates_up_to_the_assistants_turn(tokenizer):
@@ -442,7 +442,7 @@ def test_a_tokenizer_without_a_template_or_with_a_stricter_one_is_one_line(token
         )
 
 
-# Splitting -----------------------------------------------------------------------------------------
+# Splitting --------------------------------------------------------------------------------------
 
 
 def asked(rows):
@@ -484,7 +484,7 @@ def test_an_impossible_split_is_one_line(write):
         )
 
 
-# The order -----------------------------------------------------------------------------------------
+# The order --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_a_step_of_twice_the_prompts_takes_two_steps_rows():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_that_share_a_step_cover_its_groups(ranks):
-    """Each rank takes its slice of the step's completions, G of each prompt, and together they take all."""
+    """Each rank takes its slice of the step's completions; together they take G of each prompt."""
     group, prompts = 4, 3
     rows = [row for row in data.step_rows(5, prompts, 50, 42) for _ in range(group)]
     share = len(rows) // ranks
@@ -531,7 +531,7 @@ def test_ranks_that_share_a_step_cover_its_groups(ranks):
     assert together == dict.fromkeys(data.step_rows(5, prompts, 50, 42), group)
 
 
-# Start-up ------------------------------------------------------------------------------------------
+# Start-up ---------------------------------------------------------------------------------------
 
 
 def test_importing_data_imports_nothing_heavy():

@@ -72,12 +72,12 @@ def torch_step(optimizer, trained, step):
     return norm
 
 
-def run_torch():
-    """All steps in one process, on whole batches → parameters, gradient norms."""
+def run_torch(steps=STEPS):
+    """In one process, on whole batches → parameters, gradient norms."""
     model = Model()
     optimizer, trained = torch_adamw(model)
     norms = []
-    for step in range(STEPS):
+    for step in range(steps):
         loss_of(model, *batch_of(step)).backward()
         norms.append(torch_step(optimizer, trained, step))
     return dict(model.named_parameters()), norms

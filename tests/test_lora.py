@@ -1,4 +1,4 @@
-"""LoRA against its closed form and PEFT: the same numbers, and files that each reads of the other."""
+"""LoRA against its closed form and PEFT: the same numbers, and files that both read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The lean forward of adapted layers against lora.py's own: numbers, memory, and when it stands back."""
+"""The lean forward of adapted layers against lora.py's own: numbers, memory, exceptions."""
 
 import copy
 
@@ -165,6 +165,14 @@ class Doubled(lora.LoRALinear):
         return F.linear(x, self.weight, self.bias) + 2 * super().forward(x)
 
 
+class Bounded(lora.LoRALinear):
+    """The same values and gradients as long as B is zero."""
+
+    def forward(self, x):
+        base = F.linear(x, self.weight, self.bias)
+        return base + torch.tanh(super().forward(x) - base)
+
+
 class Detached(lora.LoRALinear):
     """The same values, but A learns nothing."""
 
@@ -193,7 +201,7 @@ class Named(lora.LoRALinear):
 
 def test_a_class_that_computes_something_else_keeps_its_own_forward():
     x = torch.randn(7, 16)
-    for kind in (Doubled, Detached, Magnitude):
+    for kind in (Doubled, Bounded, Detached, Magnitude):
         layer = make_layer(kind)
         expected = layer(x)
         assert adapters.prepare(layer) == 0 and not adapters.is_lean(layer)

@@ -1,4 +1,4 @@
-"""What run/readers.py promises: files of four formats and the hub, and a line for each that is bad."""
+"""What run/readers.py promises: four formats and the hub, and a line for each bad file."""
 
 import csv
 import json
@@ -163,6 +163,11 @@ def test_a_hub_id_names_its_subset_behind_a_colon(hub):
     assert hub == [("openai/gsm8k", "main", None)]
 
 
+def test_a_folder_is_read_as_the_hub_reads_one(hub, tmp_path):
+    assert len(load(f"{tmp_path}#2")) == 2
+    assert hub == [(str(tmp_path), None, None)]
+
+
 def test_training_takes_the_train_split_and_validation_another(hub):
     assert load("some/two")[0]["problem"] == "train 0"
     assert load("some/two", flag="--val_dataset")[0]["problem"] == "test 0"
@@ -189,6 +194,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub):
         ("", "no such dataset; arithmetic"),
         ("#5", "no such dataset; arithmetic"),
         ("/nowhere/to/be/found", "no such dataset; arithmetic"),
+        ("some/where/else", "no such dataset; arithmetic"),
     ],
 )
 def test_an_unknown_name_needs_no_network_to_be_refused(hub, name, expected):

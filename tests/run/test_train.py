@@ -229,14 +229,14 @@ def test_a_validation_set_that_is_never_used_is_told(model_folder, plugin, tmp_p
         (["--eval_steps", "2"], False),
         (["--eval_on_start", "true"], False),
     ):
-        flags = flags_for(
+        words = flags_for(
             model_folder,
             plugin,
             tmp_path,
             val_dataset="arithmetic-test#8",
             per_device_eval_batch_size=4,
         )
-        checks.prepare(flags.parse_args([*flags, *eval_flag]), dist.find_world())
+        checks.prepare(flags.parse_args([*words, *eval_flag]), dist.find_world())
         assert ("--val_dataset: never evaluated on" in capsys.readouterr().out) == told
 
 

@@ -33,6 +33,9 @@ needs_vllm = pytest.mark.skipif(
 )
 CPU = torch.device("cpu")
 STUB = ROOT / "tests" / "fixtures" / "stub"
+# Sizes that vLLM's kernels take.
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+SIZES["max_position_embeddings"] = 8192
 FALL_SILENT, EXIT = [1001], [1002]  # prompts that the stub misbehaves on
 
 
@@ -206,6 +209,14 @@ def test_an_error_of_the_trainers_own_is_not_the_engines(tmp_path, monkeypatch):
     vllm.engine.kill()
 
 
+@pytest.fixture(scope="module")
+def small_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def engines() -> list[int]:
     """Processes that run an engine of this checkout's."""
     found = []
@@ -292,11 +303,11 @@ def guide_run(folder: Path, numina, model: Path, processes: int, **env) -> list[
     return drawn
 
 
-def test_two_processes_ask_the_engine_for_what_one_asks(numina, model_folder, tmp_path):  # noqa: F811
+def test_two_processes_ask_the_engine_for_what_one_asks(numina, small_folder, tmp_path):  # noqa: F811
     """With two, a group of 4 lies across both. The stub's words tell prompt and seed apart."""
     path = {"PYTHONPATH": str(STUB)}
     drawn = [
-        guide_run(tmp_path / str(processes), numina, model_folder, processes, **path)
+        guide_run(tmp_path / str(processes), numina, small_folder, processes, **path)
         for processes in (1, 2)
     ]
     assert drawn[0] == drawn[1]
@@ -306,9 +317,6 @@ def test_two_processes_ask_the_engine_for_what_one_asks(numina, model_folder, tm
 
 ON_CPU = {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
 ON_CPU |= {"enable_chunked_prefill": False, "logprobs_mode": "processed_logprobs"}
-# Sizes that vLLM's kernels take.
-SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
-SIZES["max_position_embeddings"] = 8192
 
 
 def prompts(tokenizer, count: int, copies: int = 1) -> list[list[int]]:
@@ -329,14 +337,6 @@ def difference(model, ids, completions, temperature=1.0) -> float:
         logps, _, _ = grpo.completion_logps(model, ids, [c.ids for c in completions], temperature)
     pairs = [pair for row, c in zip(logps.tolist(), completions) for pair in zip(row, c.logps)]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
-
-
-@pytest.fixture(scope="module")
-def small_folder(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "qwen2", "qwen3-tied", "gemma-tied"])

@@ -11,7 +11,9 @@ REACH = 40  # how far off earns nothing
 
 
 def close(completions, solution, **columns):
-    return [closeness(completion, reference) for completion, reference in zip(completions, solution)]
+    return [
+        closeness(completion, reference) for completion, reference in zip(completions, solution)
+    ]
 
 
 def closeness(completion: str, reference: str | None) -> float | None:
