@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import types
 import typing
 from pathlib import Path
@@ -354,6 +355,8 @@ def fail(message: str, status: int = 2):
     rank = int(os.environ.get("RANK" if have_met else "LOCAL_RANK", 0))
     if status != 2 or rank == 0:
         write_line(f"train.py: {message}")
+    elif not have_met:
+        time.sleep(30)  # torchrun ends all as soon as one has ended, perhaps before rank 0 speaks
     sys.exit(status)
 
 

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import torch
 
 ROOT = Path(__file__).parent.parent

@@ -319,12 +319,12 @@ def test_bad_plans_are_one_line(tmp_path, capsys):
     )
 
 
-def test_the_readme_tells_what_the_planner_does():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_on_scale_tells_what_the_guides_commands_take():
+    page = (ROOT / "docs" / "scale.md").read_text()
     for script, ranks in (("multi_gpu_vllm.sh", 7), ("single_gpu.sh", 1)):
         for changes in ([], ["--gradient_checkpointing", "true"]):
             _, found = plan.make(*of([*guide(script), *changes, "--dry_run", str(ranks)]))
-            assert f"{max(plan.sums(found).values()) / 1e9:.1f} GB" in readme
+            assert f"{max(plan.sums(found).values()) / 1e9:.1f} GB" in page
 
 
 def test_the_page_on_scale_tells_what_the_planner_does():

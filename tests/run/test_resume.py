@@ -28,9 +28,16 @@ def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plug
     train_here(*flags_for(model_folder, plugin, stopped, **changes, resume_from_checkpoint="true"))
 
     for evaluations in (False, True):
-        assert timeless(read_metrics(stopped, evaluations)) == timeless(
-            read_metrics(straight, evaluations)
-        )
+        ours, theirs = (timeless(read_metrics(f, evaluations)) for f in (stopped, straight))
+        for one, other in zip(ours, theirs, strict=True):
+            # The sampler's products may lie in memory in another way, and round in another way.
+            assert one.pop("sampler/logp_diff", 0) == pytest.approx(
+                other.pop("sampler/logp_diff", 0), rel=1e-4
+            )
+            assert one.pop("sampler/logp_diff_max", 0) == pytest.approx(
+                other.pop("sampler/logp_diff_max", 0), rel=1e-3
+            )
+            assert one == other
     assert [line["step"] for line in read_metrics(stopped)] == [3, 6, 8]
     assert (stopped / "completions.jsonl").read_text() == (
         straight / "completions.jsonl"

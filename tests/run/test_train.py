@@ -145,7 +145,7 @@ def test_wandb_gets_metrics_and_completions(model_folder, plugin, tmp_path):
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_training_raises_the_reward(train_type, model_folder, plugin, tmp_path):
     changes = {
-        "max_steps": 20,
+        "max_steps": 14,
         "learning_rate": 1e-2,
         "top_k": 20,
         "beta": 0,
@@ -154,12 +154,12 @@ def test_training_raises_the_reward(train_type, model_folder, plugin, tmp_path):
     }
     changes |= {
         "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 16,
         "num_generations": 8,
     }
     train_here(*flags_for(model_folder, plugin, tmp_path, **changes))
     rewards = [line["reward"] for line in read_metrics(tmp_path)]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05, rewards
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.05, rewards
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
