@@ -315,7 +315,7 @@ def test_two_processes_ask_the_engine_for_what_one_asks(numina, small_folder, tm
 
 # On the real engine -----------------------------------------------------------------------------
 
-ON_CPU = {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
+ON_CPU = {"kv_cache_memory_bytes": 512 << 20, "enforce_eager": True}
 ON_CPU |= {"enable_chunked_prefill": False, "logprobs_mode": "processed_logprobs"}
 
 
