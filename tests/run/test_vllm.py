@@ -5,7 +5,6 @@ only the real engine can show is tested with it: `make vllm` installs it, else t
 """
 
 import importlib.util
-import itertools
 import json
 import os
 import signal
@@ -120,45 +119,6 @@ def test_vllm_that_is_not_installed_is_said(model_folder, plugin, tmp_path, monk
         train.main([*flags_for(model_folder, plugin, tmp_path / "out"), "--use_vllm", "true"])
     said = capsys.readouterr().err
     assert "--use_vllm true: vLLM is not installed; make vllm installs it" in said
-
-
-# What the loss makes of another engine's log-probabilities --------------------------------------
-
-
-def test_importance_weights_turn_samples_of_one_policy_into_means_under_another():
-    torch.manual_seed(0)
-    old, engine = torch.randn(2, 6).log_softmax(-1)
-    drawn = torch.multinomial(engine.exp(), 200_000, replacement=True)
-    weights = grpo.importance_weights(old[drawn], engine[drawn], clip_max=1e9)
-    value = torch.randn(6)
-    expected = (old.exp() * value).sum().item()
-    assert (weights * value[drawn]).mean() == pytest.approx(expected, abs=0.02)
-    assert grpo.importance_weights(old[drawn], engine[drawn], clip_max=1.5).max() == 1.5
-    assert torch.equal(grpo.importance_weights(old, old, 3.0), torch.ones(6))
-
-
-def test_the_loss_weights_the_surrogate_and_not_the_kl():
-    torch.manual_seed(0)
-    new, old, ref, weights, entropies = torch.randn(5, 3, 5).double()
-    advantages, mask = torch.tensor([1.0, -1.0, 0.5]).double(), torch.ones(3, 5)
-    loss, _ = grpo.grpo_loss(
-        new,
-        entropies,
-        old,
-        ref,
-        advantages,
-        mask,
-        weights.exp(),
-        options=SimpleNamespace(epsilon=0.2, beta=0.04),
-        normalizers=grpo.Normalizers(completions=3, tokens=15, longest=5),
-    )
-    total = 0.0
-    for i, t in itertools.product(range(3), range(5)):  # slow and obvious
-        ratio = (new[i, t] - old[i, t]).exp()
-        surrogate = min(ratio * advantages[i], ratio.clamp(0.8, 1.2) * advantages[i])
-        kl = grpo.k3(new[i, t], ref[i, t])
-        total -= (surrogate * weights[i, t].exp() - 0.04 * kl) / 15
-    assert loss.item() == pytest.approx(total.item(), abs=1e-9)
 
 
 # Its process and how it ends, with the stand-in -------------------------------------------------
