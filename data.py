@@ -40,16 +40,14 @@ class Options:
     """data"""
 
     dataset: Annotated[
-        list[str], "hub ids (id:subset), files or built-in names; #N draws N rows"
+        list[str], "hub ids (id:subset), files, built-in names; #N draws N rows"
     ] = ()
     val_dataset: Annotated[list[str], "the same, to evaluate on"] = ()
-    split_dataset_ratio: Annotated[
-        float, "share to evaluate on without a val_dataset", "0 to 1"
-    ] = 0.01
+    split_dataset_ratio: Annotated[float, "else a share to evaluate on", "0 to 1"] = 0.01
     system: Annotated[str | None, "system prompt, or the text file that holds it"] = None
-    max_length: Annotated[
-        int | None, "longest prompt in tokens; longer rows are dropped", "from 1"
-    ] = None
+    max_length: Annotated[int | None, "tokens of a prompt; longer ones are dropped", "from 1"] = (
+        None
+    )
     dataset_num_proc: Annotated[int, "processes that tokenize", "from 1"] = 1
     dataloader_num_workers: Annotated[int, "no effect: prompts are in memory", "from 0"] = 0
 
@@ -131,7 +129,7 @@ def load_rows(
             source, numbered = _draw(name, flag, seed, num_proc, read)
             opening = system
             if source in BUILTINS and system is None:
-                opening = read_system(str(GUIDE_PROMPT))
+                opening = GUIDE_PROMPT.read_text(encoding="utf-8").strip()
             rows += _normalise(numbered, opening)
         except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deep
             raise UsageError(f"{flag} {name}: {one_line(error)}") from error
@@ -224,48 +222,15 @@ def _reference(row):
     return None
 
 
-def check_solutions(rows: list[dict]) -> int:
-    """How many rows have no reference for accuracy; UsageError if all, or if one is no text."""
-    flag = "--reward_funcs accuracy"
-    references = [row["solution"] for row in rows]
-    for reference in references:
-        if isinstance(reference, list | dict):
-            kind = type(reference).__name__
-            raise UsageError(f"{flag}: a row's reference is a {kind}; text or a number works")
-    missing = references.count(None)
-    if missing == len(rows):
-        raise UsageError(f"{flag}: no row has a reference; a column solution or answer works")
-    return missing
-
-
-def read_system(value: str | None) -> str | None:
-    """The system prompt that `--system` means: the text itself, or what a file of that name holds.
-
-    UsageError for what looks like a file (some/path, or .txt or .md at its end) and cannot be read.
-    """
-    if not value:
-        return None
-    looks_like_file = re.search(r"\.(txt|md)$|^\S*/\S*$", value)
-    if not looks_like_file and not os.path.isfile(value):
-        return value
-    try:
-        text = Path(value).read_text(encoding="utf-8-sig").strip()
-        if not text:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError) as error:
-        works = "a text file or text works"
-        raise UsageError(f"--system {value}: {one_line(error)}; {works}") from error
-    return text
-
-
 # From prompts to tokens -------------------------------------------------------------------------
 
 
-def encode(rows, tokenizer, max_length=None, num_proc=None) -> tuple[list[dict], int]:
+def encode(rows, tokenizer, max_length=None, map=map) -> tuple[list[dict], int]:
     """The rows of at most `max_length` tokens with their `prompt_ids`, and how many were longer.
 
-    The ids are the chat template's, up to where the assistant begins. `num_proc` processes
-    tokenize. UsageError for a template that is missing or refuses a prompt, or if no row is left.
+    The ids are the chat template's, up to where the assistant begins. map: Python's, or one that
+    several processes share. UsageError for a template that is missing or refuses a prompt, or if no
+    row is left.
     """
     model = f"--model {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
@@ -282,17 +247,8 @@ def encode(rows, tokenizer, max_length=None, num_proc=None) -> tuple[list[dict],
             raise UsageError(f"{model}: {problem}") from error
         return {"prompt_ids": ids}
 
-    encoded = map(tokenize, rows)
-    processes = min(num_proc or 1, len(rows))
-    if processes > 1:
-        import datasets  # takes seconds, which only who asks for processes waits
-
-        # Prompts alone: other columns may mix types, which Arrow's tables refuse.
-        datasets.disable_progress_bars()
-        prompts = datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-        encoded = prompts.map(tokenize, num_proc=processes, keep_in_memory=True)
     kept, lengths = [], []
-    for row, new in zip(rows, encoded):
+    for row, new in zip(rows, map(tokenize, rows)):
         ids = new["prompt_ids"]
         lengths.append(len(ids))
         if max_length is None or len(ids) <= max_length:

@@ -32,9 +32,8 @@ Muon does, wants buckets that are cut where a tensor ends.
 import math
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -45,7 +44,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 # torch 2.13 renames this collective on flat tensors.
@@ -185,7 +184,6 @@ def free_memory(device: torch.device) -> int:
 
 # ZeRO-2 -----------------------------------------------------------------------------------------
 
-TRAINING_STATE = ("master", "exp_avg", "exp_avg_sq")  # the fields that a checkpoint keeps
 SUMMED_IN_FLOAT32 = 1 << 20  # so many squares of a norm; float64 adds up the sums
 
 
@@ -256,6 +254,7 @@ class ZeroAdamW:
         such as an embedding, is a bucket of its own.
     shard: False keeps all state on every rank (`--deepspeed none`): gradients are all-reduced and
         nothing is gathered. After `shard_parameters` (ZeRO-3) it means nothing.
+    waiting: entered while this rank waits for others' numbers, as a stopwatch wants to be.
 
     Where no rank has a gradient, it counts as zero, as in DeepSpeed: weights and moments decay.
     (torch.optim.AdamW skips the parameter, but a rank without a gradient knows nothing of others.)
@@ -271,8 +270,10 @@ class ZeroAdamW:
         max_grad_norm: float = 0.0,
         bucket_size: int = 25_000_000,
         shard: bool = True,
+        waiting: AbstractContextManager | None = None,
     ):
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+        self.waiting = waiting or nullcontext()
         self.settings = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
         self.settings |= {"fused": True, "amsgrad": False, "maximize": False}
         self.rank, self.num_ranks = 0, 1
@@ -287,7 +288,6 @@ class ZeroAdamW:
         self.next = 0  # the bucket to reduce next: in one order on all ranks, else sums would mix
         # The bucket that is on its way, what it receives, and what to wait for.
         self.in_flight: tuple[Bucket, Tensor, torch_dist.Work | None] | None = None
-        self.waits: list[tuple] = []  # when this rank began and ceased to wait for others
 
         # A backward pass reaches the last layers first, so that is where the first bucket lies.
         trained.reverse()
@@ -358,7 +358,7 @@ class ZeroAdamW:
         bucket, received, work = self.in_flight
         self.in_flight = None
         if work is not None:
-            with self._waiting():
+            with self.waiting:
                 work.wait()
         # (N, S): what each rank has for this rank's shard
         first, *others = received.view(self.num_shards, len(bucket.master))
@@ -390,7 +390,7 @@ class ZeroAdamW:
             self._update(bucket, learning_rate, divisor)
             gathers += self._gather(bucket)
         self.steps += 1
-        with self._waiting():
+        with self.waiting:
             for work in gathers:
                 work.wait()
         return norm
@@ -402,7 +402,7 @@ class ZeroAdamW:
         norms = torch.stack([torch.linalg.vector_norm(block) for block in blocks])
         squared = norms.double().square().sum()
         if self.is_zero2 or self.is_zero3:  # each rank has seen its own shard
-            with self._waiting():
+            with self.waiting:
                 torch_dist.all_reduce(squared)
         return squared.sqrt().item()
 
@@ -430,82 +430,6 @@ class ZeroAdamW:
         # N broadcasts send as many bytes as gloo's all-gather, without its copy of the bucket.
         shards = bucket.flat.chunk(self.num_ranks)
         return [torch_dist.broadcast(x, rank, async_op=True) for rank, x in enumerate(shards)]
-
-    # Checkpoints: full tensors by parameter name, so that they load on any number of ranks.
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The full state on the CPU of rank 0, empty on the others. Every rank has to call it."""
-        state = {"steps": torch.tensor(self.steps)}
-        for bucket in self.buckets:
-            for kind in TRAINING_STATE:
-                flat = self._full_state(bucket, getattr(bucket, kind))  # collective
-                if self.rank > 0:
-                    continue
-                for name, piece in zip(bucket.names, views(flat, bucket.parameters)):
-                    state[f"{kind}.{name}"] = piece.to("cpu", copy=True)
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take a full state, and the parameters with it; all that it needs to have is `state[name]`.
-
-        KeyError or RuntimeError if it is of other parameters.
-        """
-        self.steps = int(state["steps"])
-        for bucket in self.buckets:
-            for kind in TRAINING_STATE:
-                values = (state[f"{kind}.{name}"] for name in bucket.names)  # one at a time
-                flat = self._flat_state(bucket, values)
-                if kind == "master":  # the parameters are these, rounded to their dtype
-                    bucket.flat.copy_(flat)
-                getattr(bucket, kind).copy_(flat[bucket.owned])
-
-    def _full_state(self, bucket: Bucket, shard: Tensor) -> Tensor:
-        """The ranks' shards (S,) of a bucket's state in one tensor, as long as its parameters."""
-        if self.is_zero3:
-            p = bucket.parameters[0]
-            part, sizes = shard.view(local(p).shape), {"shape": p.shape, "stride": p.stride()}
-            return full(DTensor.from_local(part, p.device_mesh, p.placements, **sizes)).flatten()
-        if not self.is_zero2:
-            return shard
-        flat = shard.new_empty(self.num_shards * len(shard))  # (N·S,)
-        all_gather(flat, shard)
-        return flat
-
-    def _flat_state(self, bucket: Bucket, values: Iterator[Tensor]) -> Tensor:
-        """State of the parameters' shapes laid out as `bucket.flat` is."""
-        if self.is_zero3:
-            p = bucket.parameters[0]
-            cut = distribute_tensor(next(values), p.device_mesh, p.placements, src_data_rank=None)
-            return local(cut).flatten()
-        flat = torch.zeros(len(bucket.flat))
-        for piece, value in zip(views(flat, bucket.parameters), values):
-            piece.copy_(value)
-        return flat
-
-    # How long the ranks wait for each other, for the log.
-
-    def seconds_waited(self) -> float:
-        """Seconds that this rank waited for others' numbers since the last call."""
-        waits, self.waits = self.waits, []
-        if not self.buckets[0].flat.is_cuda:
-            return sum(end - start for start, end in waits)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in waits) / 1000
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        started = self._now()
-        yield
-        self.waits.append((started, self._now()))
-
-    def _now(self) -> float | torch.cuda.Event:
-        """On a GPU a mark in the stream of computations: that waits, while Python runs ahead."""
-        if not self.buckets[0].flat.is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 # ZeRO-3 -----------------------------------------------------------------------------------------

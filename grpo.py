@@ -14,7 +14,8 @@ i counts completions and t the tokens of one. On a fresh batch every ρ is 1, so
 advantage with its sign changed plus β·KL: close to zero, whatever the model has learned. Its
 gradient is not. Left out: rewards for the steps of a solution (process supervision).
 
-To try a new idea, change the function that it belongs to. The published ones are a line or two:
+To try a new idea, change the function that it belongs to. The published ones are a line or two
+(tests/test_grpo.py, `PEER`, compares with them):
 
     Dr. GRPO (2503.20783)   group_advantages without the std; aggregate: Σ / (completions · longest)
     RLOO (2402.14740)       group_advantages: (r_i - mean) · G / (G - 1), without the std
@@ -41,9 +42,7 @@ class Options:
     """GRPO"""
 
     num_generations: Annotated[int, "G, completions a prompt", "from 2"] = 8
-    num_generations_eval: Annotated[
-        int | None, "the same in evaluations; num_generations when absent", "from 1"
-    ] = None
+    num_generations_eval: Annotated[int | None, "the same in evaluations; else G", "from 1"] = None
     num_iterations: Annotated[int, "optimizer steps on each batch", "from 1"] = 1
     epsilon: Annotated[float, "ε of the clipped objective", "from 0"] = 0.2
     beta: Annotated[float, "β of the KL term; 0 needs no reference model", "from 0"] = 0.04
@@ -186,7 +185,8 @@ def completion_logps(
 
     B prompts and B completions, ragged → logps and entropies (B, T), both with a gradient, in
     float32 (float64 for a float64 model), and completion_mask (B, T): 1 on tokens, 0 on padding,
-    where the others are 0. One forward pass of the model's own, on a batch padded on both sides:
+    where the others are 0. One forward pass of the model's own, on a batch padded on both sides
+    (a run has fast.completion_logps in its place, which pads nothing):
 
         _  p  p  p | o  o  o
         p  p  p  p | o  o  _

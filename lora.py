@@ -12,17 +12,14 @@ no second copy. Adapters are saved in PEFT's own format: `PeftModel.from_pretrai
 To try a new idea (DoRA, rsLoRA, another initialization), change `LoRALinear`.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import UsageError
@@ -158,7 +155,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-# Its weights, for a sampler and on disk ---------------------------------------------------------
+# Its weights, for a sampler ---------------------------------------------------------------------
 
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -175,40 +172,3 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if name in adapted:
             parameter = adapted[name].merged_weight()  # made when asked for: one is held at a time
         yield name, parameter
-
-
-def save(
-    model: nn.Module, weights: dict[str, Tensor], folder, base_model: str, target_modules
-) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT names them.
-
-    weights: the parameters by name, the adapters' among them. They are given since the model itself
-    may hold but a part of each, as it does under ZeRO-3.
-    """
-    adapted = dict(layers(model))
-    tensors = {}
-    for name in adapted:
-        for part in ADAPTER:
-            tensor = weights[f"{name}.{part}"].detach()
-            tensors[f"base_model.model.{name}.{part}.weight"] = tensor.contiguous().cpu()
-    targets = list(target_modules)
-    if targets == EVERYTHING:  # PEFT writes names, too
-        targets = sorted({last_part(name) for name in adapted})
-    layer = next(iter(adapted.values()))  # all are alike
-    rank = len(layer.lora_A)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": layer.scale * rank,  # which PEFT divides by r
-        "lora_dropout": layer.dropout,
-        "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": False,  # W lies as (out, in)
-        "inference_mode": True,  # frozen when loaded, unless is_trainable is asked for
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -34,21 +34,17 @@ class Options:
     """rewards"""
 
     reward_funcs: Annotated[
-        list[str], "accuracy, format, cosine, repetition, or registered names"
+        list[str], "accuracy, format, cosine, repetition, registered names"
     ] = ()
     reward_weights: Annotated[list[float] | None, "one a reward; all 1 when absent"] = None
-    reward_model: Annotated[
-        str | None, "sequence-classification model: hub id or folder; the last reward"
-    ] = None
+    reward_model: Annotated[str | None, "sequence classifier, hub id or folder; comes last"] = None
     external_plugins: Annotated[list[str], "Python files that register rewards"] = ()
     accuracy_timeout: Annotated[float, "seconds for comparing one answer", "above 0"] = 5.0
     cosine_min_len_value_wrong: Annotated[float, "value of the shortest wrong answer"] = 0.0
     cosine_max_len_value_wrong: Annotated[float, "value of the longest wrong answer"] = -0.5
     cosine_min_len_value_correct: Annotated[float, "value of the shortest right answer"] = 1.0
     cosine_max_len_value_correct: Annotated[float, "value of the longest right answer"] = 0.5
-    cosine_max_len: Annotated[
-        int | None, "longest in tokens; max_completion_length when absent", "from 1"
-    ] = None
+    cosine_max_len: Annotated[int | None, "in tokens; else max_completion_length", "from 1"] = None
     repetition_n_grams: Annotated[int, "n of the n-grams counted", "from 1"] = 3
     repetition_max_penalty: Annotated[float, "value of nothing but repetition"] = -1.0
 

@@ -19,16 +19,15 @@ stream into the running engine, one tensor at a time (`send_weights`, `receive_w
               ── each tensor, over a process group of two ───────>   loads it over the old one
               <── fingerprint of all that came, over the pipe ────   must equal that of what was sent
 
-A sampler is anything with the two methods of `Sampler`. To try a new decoding idea, change
+A sampler is anything with what `Sampler` lists. To try a new decoding idea, change
 `sample_tokens`. To make decoding quick, write another `Decoder`.
 """
 
 import datetime
-import hashlib
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -42,7 +41,6 @@ import lora
 from dist import World, free_memory, full, gathered, is_sharded
 from grpo import Rows, pad, positions
 
-SUMMED_TOGETHER = 256  # tokens; see sample_tokens
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it
 COMPACT_AT = 0.75  # drop ended rows when this share is alive: copying the cache costs about a step
 
@@ -55,27 +53,6 @@ class Options:
     temperature: Annotated[float, "of the sampling distribution", "above 0"] = 0.9
     top_p: Annotated[float, "sample from this much mass; 1 is off", "above 0 to 1"] = 1.0
     top_k: Annotated[int, "sample from this many tokens; 0 is off", "from 0"] = 0
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """vLLM"""
-
-    use_vllm: Annotated[bool, "sample with vLLM"] = False
-    vllm_device: Annotated[str, "auto, the first GPU no training process uses, or cuda:x"] = "auto"
-    vllm_gpu_memory_utilization: Annotated[
-        float | None,
-        "share of the GPU, passed to vLLM; 0.9, or 0.3 of one that trains, when absent",
-        "above 0 to 1",
-    ] = None
-    vllm_max_model_len: Annotated[
-        int | None, "passed to vLLM; the longest prompt and completion when absent", "from 1"
-    ] = None
-    vllm_timeout: Annotated[
-        float, "seconds the engine may give no sign of life, once started", "above 0"
-    ] = 300.0
-    vllm_importance_sampling_correction: Annotated[bool, "weight tokens by π_old / π_vLLM"] = True
-    vllm_importance_sampling_clip_max: Annotated[float, "by this much at most", "above 0"] = 3.0
 
 
 @dataclass
@@ -105,6 +82,59 @@ class Sampler(Protocol):
 
     def take_weights(self, model: torch.nn.Module) -> None:
         """From now on sample from `model` as it is at this moment."""
+
+
+# Drawing a token --------------------------------------------------------------------------------
+
+
+def uniform_stream(seed: int, length: int) -> Tensor:
+    """`length` uniform numbers in [0, 1) that belong to one completion alone, (length,)."""
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.rand(length, generator=generator)
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw a token a row: the first whose cumulative probability F exceeds the uniform number.
+
+    logits (B, V), uniforms (B,) in [0, 1) → tokens (B,) and their log-probabilities (B,) under
+    softmax(logits / temperature). F is in float64: among 50,000 tokens of like probability,
+    float32's rounding would draw another one whenever the batch is split anew.
+    """
+    logits = logits.float() / temperature
+    probabilities = logits.softmax(-1)  # (B, V)
+    weights = probabilities
+    if top_p < 1.0 or top_k > 0:
+        dropped = truncate(logits, top_p, top_k) == float("-inf")
+        weights = weights.masked_fill(dropped, 0.0)  # they need not add up to 1
+    cdf = weights.cumsum(-1, dtype=torch.float64)  # (B, V) F times their sum
+    tokens = first_above(cdf, uniforms[:, None] * cdf[:, -1:])  # (B, 1)
+    logps = probabilities.gather(1, tokens).log()
+    return tokens[:, 0], logps[:, 0]
+
+
+def first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """For each row the first index where cdf (B, n) exceeds target (B, 1).
+
+    Such a token has a probability above 0. Rounding may put the target below 0 or at the cdf's end,
+    where none lies.
+    """
+    end = cdf[:, -1:]
+    below_end = torch.nextafter(end, torch.zeros_like(end))
+    target = torch.minimum(target.clamp(min=0.0), below_end)
+    return torch.searchsorted(cdf, target, right=True)
+
+
+def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """logits (B, V) with -inf for all but the top_k largest and the smallest set of mass top_p."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    if top_k > 0:
+        ordered[:, top_k:] = float("-inf")
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of what ranks higher; 0 of the first
+    ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+    return torch.empty_like(logits).scatter_(1, order, ordered)
 
 
 # The model itself -------------------------------------------------------------------------------
@@ -157,7 +187,7 @@ class ModelSampler:
 
     eos_token_ids: any of them ends a completion. top_k 0 and top_p 1.0 are off. They narrow what can
     be drawn, while log-probabilities stay those of softmax(logits / temperature), the distribution
-    of the training objective. decoder: Decoder, or what stands in for it.
+    of the training objective. decoder, draw: what is plain here, or what stands in for it.
 
     Every rank calls `generate`, because sharded parameters (ZeRO-3) are gathered for it. With
     gather=False they are not: less memory, and each layer's parameters travel at every step.
@@ -174,8 +204,9 @@ class ModelSampler:
         top_k: int = 0,
         gather: bool = True,
         decoder: type = Decoder,
+        draw: Callable = sample_tokens,
     ):
-        self.model, self.decoder = model, decoder
+        self.model, self.decoder, self.draw = model, decoder, draw
         self.max_new_tokens, self.metrics = max_new_tokens, {}
         self.distribution = (temperature, top_p, top_k)
         self.ends = set(eos_token_ids)
@@ -223,7 +254,7 @@ class ModelSampler:
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         alive = torch.arange(B, device=device)  # the completion that each row of the batch decodes
         for t in range(T):
-            token, logp = sample_tokens(logits, uniforms[alive, t], *self.distribution)  # (rows,)
+            token, logp = self.draw(logits, uniforms[alive, t], *self.distribution)  # (rows,)
             tokens[alive, t] = token
             logps[alive, t] = logp
             ended[alive] |= torch.isin(token, self.eos)
@@ -281,78 +312,13 @@ def rows_at_once(model: torch.nn.Module, length: int) -> int:
     return max(1, free // (cache + logits))
 
 
-def uniform_stream(seed: int, length: int) -> Tensor:
-    """`length` uniform numbers in [0, 1) that belong to one completion alone, (length,)."""
-    generator = torch.Generator().manual_seed(int(seed))
-    return torch.rand(length, generator=generator)
-
-
-def sample_tokens(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Draw a token a row: the first whose cumulative probability F exceeds the uniform number.
-
-    logits (B, V), uniforms (B,) in [0, 1) → tokens (B,) and their log-probabilities (B,) under
-    softmax(logits / temperature). A running sum over V is slow, so the sums of parts of V find the
-    part, and only its tokens are summed one by one. Sums are in float64: among 50,000 tokens of like
-    probability, float32's rounding would draw another one whenever the batch is split anew.
-    """
-    if temperature != 1.0:
-        logits = logits.to(torch.float32, copy=True).div_(temperature)
-    probabilities = logits.softmax(-1, dtype=torch.float32)  # (B, V)
-    weights = probabilities
-    if top_p < 1.0 or top_k > 0:
-        dropped = truncate(logits, top_p, top_k) == float("-inf")
-        weights = weights.masked_fill(dropped, 0.0)  # they need not add up to 1
-    rest = -weights.shape[1] % SUMMED_TOGETHER
-    if rest:
-        weights = F.pad(weights, (0, rest))
-    parts = weights.view(len(weights), -1, SUMMED_TOGETHER)  # (B, n, SUMMED_TOGETHER)
-    ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, n) F at the end of each part
-
-    total = ends[:, -1:]
-    target = uniforms[:, None] * total  # (B, 1)
-    part = first_above(ends, target)
-    starts = F.pad(ends, (1, 0))  # F in front of each part
-    left = target - starts.gather(1, part)
-    rows = torch.arange(len(parts), device=parts.device)
-    own = parts[rows, part[:, 0]]  # (B, SUMMED_TOGETHER)
-    inside = first_above(own.cumsum(-1, dtype=torch.float64), left)
-    tokens = part * SUMMED_TOGETHER + inside  # (B, 1)
-    logps = probabilities.gather(1, tokens).log()
-    return tokens[:, 0], logps[:, 0]
-
-
-def first_above(cdf: Tensor, target: Tensor) -> Tensor:
-    """For each row the first index where cdf (B, n) exceeds target (B, 1).
-
-    Such a token has a probability above 0. Rounding may put the target below 0 or at the cdf's end,
-    where none lies.
-    """
-    end = cdf[:, -1:]
-    below_end = torch.nextafter(end, torch.zeros_like(end))
-    target = torch.minimum(target.clamp(min=0.0), below_end)
-    return torch.searchsorted(cdf, target, right=True)
-
-
-def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    """logits (B, V) with -inf for all but the top_k largest and the smallest set of mass top_p."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    if top_k > 0:
-        ordered[:, top_k:] = float("-inf")
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of what ranks higher; 0 of the first
-    ordered = ordered.masked_fill(before >= top_p, float("-inf"))
-    return torch.empty_like(logits).scatter_(1, order, ordered)
-
-
 # vLLM -------------------------------------------------------------------------------------------
 
 
 class VLLMSampler:
     """Samples with vLLM. Every rank makes one and calls it at the same time as the others.
 
-    engine: starts an engine, here and on rank 0 alone (run.engine.Engine says what it can do).
+    engine: run.engine.OnRank0, or what else can `load` and `complete` on all ranks together.
     Weights are sent when `generate` needs them, so several `take_weights` in a row cost one transfer.
     Log-probabilities are of what vLLM drew from: with top_k or top_p, of what these leave,
     renormalized, so they differ from the trainer's by the logarithm of what was left.
@@ -363,7 +329,7 @@ class VLLMSampler:
         self,
         model: torch.nn.Module,
         world: World,
-        engine: Callable,
+        engine,
         *,
         eos_token_ids: Sequence[int],
         max_new_tokens: int,
@@ -371,18 +337,12 @@ class VLLMSampler:
         top_p: float = 1.0,
         top_k: int = 0,
     ):
-        self.model, self.world = model, world
+        self.model, self.world, self.engine = model, world, engine
         self.metrics = {}
         # In vLLM's own words.
         self.sampling = {"max_tokens": max_new_tokens, "stop_token_ids": sorted(eos_token_ids)}
         self.sampling |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         self.stale = True  # the engine has other weights than the model
-        self.engine = None  # on rank 0 only
-
-        def start() -> None:
-            self.engine = engine()
-
-        self._on_main(start)
 
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model, self.stale = model, True
@@ -397,83 +357,41 @@ class VLLMSampler:
         rank = self.world.rank
         mine = [(list(prompt), seed, rank) for prompt, seed in zip(prompt_ids, seeds, strict=True)]
         rows = self.world.gather(mine)  # of all ranks: a group may lie across two
-        completions = self._on_main(lambda: self._complete(rows))
-        return [done for row, done in zip(rows, completions) if row[-1] == rank]
-
-    def _send(self) -> None:
-        """Every rank helps to put parameters together that are sharded."""
-        merged = lora.merged_parameters(self.model)
-        weights = ((name, full(tensor)) for name, tensor in merged)
-        self._on_main(lambda: send_weights(self.engine, self.model, weights), weights)
-
-    def _complete(self, rows: list[tuple]) -> list[Completion]:
-        """(prompt, seed, rank) … → the completions of all, in that order."""
         requests = []
         for prompt, group in itertools.groupby(rows, key=lambda row: row[0]):
             # One for a group: vLLM gives its i-th completion the seed of the request plus i.
             seeds = [seed for _, seed, _ in group]
             requests.append((prompt, len(seeds), seeds[0]))
-        return self.engine.complete(requests, self.sampling)
+        completions = self.engine.complete(requests, self.sampling)
+        return [done for row, done in zip(rows, completions) if row[-1] == rank]
 
-    def _on_main(self, function: Callable, weights: Iterable = ()):
-        """What rank 0's call returns, or the SamplerError that it raises, on every rank.
-
-        weights: what it goes through; where they are sharded, the other ranks help to gather them.
-        """
-        outcome = None
-        if self.world.is_main:
-            try:
-                outcome = function()
-            except SamplerError as error:
-                outcome = error
-            except OSError as error:  # no room for its log, no process to be had
-                outcome = SamplerError(f"--use_vllm true: {error}")
-        # On rank 0 these are the weights that it came to no more, after an error.
-        if is_sharded(self.model):
-            for _ in weights:
-                pass
-        outcome = self.world.from_main(outcome)
-        if isinstance(outcome, SamplerError):
-            raise outcome
-        return outcome
-
-    def close(self) -> None:
-        if self.engine:
-            self.engine.close()
+    def _send(self) -> None:
+        """Adapters are merged one layer at a time, and sharded weights put together so."""
+        # Adapters change no shape, so all are known before the first is merged.
+        plain = lora.plain_parameters(self.model)
+        announced = [(name, p.shape, p.dtype) for name, p in plain]
+        merged = lora.merged_parameters(self.model)
+        weights = ((name, full(tensor)) for name, tensor in merged)
+        self.engine.load(announced, weights, collective=is_sharded(self.model))
 
 
-def send_weights(engine, model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Stream a model's weights into the engine, and check that they arrived: the trainer's end.
+def send_weights(engine, announced: list[tuple], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Stream weights into the engine, which loads each as it comes: the trainer's end.
 
-    weights: lora.merged_parameters(model), full; adapters are merged one layer at a time.
+    announced: (name, shape, dtype) of each, in their order. SamplerError if others arrived.
     """
-    # Adapters change no shape, so all are known before the first is merged.
-    announced = [(name, p.shape, p.dtype) for name, p in lora.plain_parameters(model)]
     engine.announce(announced)
-    sent = Fingerprint()
     for name, tensor in weights:
-        tensor = tensor.to(engine.group.device).contiguous()
-        engine.send(tensor)
-        sent.add(name, tensor)
-    if engine.reply() != sent.digest():
-        raise engine.failure("received other weights than were sent")
+        engine.send(name, tensor)
+    engine.check_arrived()
 
 
-def receive_weights(group: "WeightGroup", announced: list[tuple], load: Callable) -> str:
-    """What `send_weights` sends, as it arrives → fingerprint of it: the engine's end.
+def receive_weights(group: "WeightGroup", announced: list[tuple], load: Callable) -> None:
+    """What `send_weights` sends, as it arrives: the engine's end.
 
     load: a function of an iterator over (name, tensor).
     """
-    received = Fingerprint()
-
-    def arriving() -> Iterator[tuple[str, Tensor]]:
-        for name, shape, dtype in announced:
-            tensor = group.receive(shape, dtype)
-            received.add(name, tensor)
-            yield name, tensor
-
-    load(arriving())
-    return received.digest()
+    load((name, group.receive(shape, dtype)) for name, shape, dtype in announced)
 
 
 class WeightGroup:
@@ -507,33 +425,3 @@ class WeightGroup:
         # The trainer watches, and its end is the engine's, so this waits as long as it takes.
         self.group.recv([tensor], 0, 0).wait(datetime.timedelta(days=1))
         return tensor
-
-
-class Fingerprint:
-    """Of tensors in their order: their names, shapes, types, and sums of their bits.
-
-    A tensor's elements are read as whole numbers of their size. There are 1,024 sums: element i is
-    in the one of i modulo 1,024. What is left at the end goes in as it is.
-    """
-
-    def __init__(self):
-        self.hash = hashlib.sha256()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        shape = tuple(tensor.shape)
-        self.hash.update(f"{name} {shape} {tensor.dtype}".encode())
-        whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        bits = tensor.flatten().view(whole_numbers[tensor.itemsize])
-        in_rows = len(bits) // 1024 * 1024
-        table = bits[:in_rows].view(-1, 1024)
-        # On a CPU so few rows at once that one thread sums them: the engine's and the trainer's
-        # threads would wait for each other.
-        rows = 31 if tensor.device.type == "cpu" else max(1, len(table))
-        sums = torch.tensor(0)
-        for part in table.split(rows):
-            sums = sums + part.sum(0, dtype=torch.int64)  # (1024,)
-        for part in (sums, bits[in_rows:]):
-            self.hash.update(part.cpu().numpy())
-
-    def digest(self) -> str:
-        return self.hash.hexdigest()

@@ -48,8 +48,8 @@ import dist
 import grpo
 import lora
 from rewards import Rewards, total
-from run import checkpoints, checks, engine, log, plan, session
-from sampler import Completion, Decoder, ModelSampler, Sampler, VLLMSampler
+from run import checkpoints, checks, log, placement, plan, session
+from sampler import Completion, ModelSampler, Sampler, VLLMSampler
 
 try:
     import fast
@@ -99,7 +99,8 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
     policy, reference = load_policy(args, world)
-    optimizer = make_optimizer(args, policy)
+    waits = log.Waits(world.device)
+    optimizer = make_optimizer(args, policy, waits)
     progress = checkpoints.resume(args, world, optimizer)  # step 0, or where a checkpoint stands
     sampler = make_sampler(args, world, policy, inputs.tokenizer)
     inputs.rewards.start()
@@ -171,7 +172,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             progress.step += 1
 
             metrics |= world.sum(sums) | log.drift(world, micro_batches)
-            metrics |= {"grad_norm": grad_norm, "time/comm": optimizer.seconds_waited()}
+            metrics |= {"grad_norm": grad_norm, "time/comm": waits.seconds()}
             metrics["time/train"] = time.perf_counter() - training
             metrics["time/step"] = time.perf_counter() - started
             journal.step(progress, learning_rate, metrics)
@@ -402,7 +403,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
     return model, ["none"]
 
 
-def make_optimizer(args: argparse.Namespace, policy: torch.nn.Module) -> dist.ZeroAdamW:
+def make_optimizer(args: argparse.Namespace, policy, waiting) -> dist.ZeroAdamW:
     return dist.ZeroAdamW(
         policy.named_parameters(),
         betas=(args.adam_beta1, args.adam_beta2),
@@ -410,6 +411,7 @@ def make_optimizer(args: argparse.Namespace, policy: torch.nn.Module) -> dist.Ze
         max_grad_norm=args.max_grad_norm,
         bucket_size=args.bucket_size,
         shard=args.deepspeed == "zero2",
+        waiting=waiting,
     )
 
 
@@ -422,12 +424,13 @@ def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer)
         "top_k": args.top_k,
     }
     if args.use_vllm:
-        return VLLMSampler(policy, world, engine.engine_for(args, world), **settings)
-    gather, decoder = args.ds3_gather_for_generation, Decoder
+        return VLLMSampler(policy, world, placement.engine_for(args, world), **settings)
+    settings["gather"] = args.ds3_gather_for_generation
     if is_fast(args):
-        layerwise = dist.is_sharded(policy) and not gather
-        decoder = fast.decoder_for(policy, layerwise)
-    return ModelSampler(policy, **settings, gather=gather, decoder=decoder)
+        layerwise = dist.is_sharded(policy) and not settings["gather"]
+        settings["decoder"] = fast.decoder_for(policy, layerwise)
+        settings["draw"] = fast.sample_tokens
+    return ModelSampler(policy, **settings)
 
 
 def schedule(args: argparse.Namespace, step: int, max_steps: int) -> float:

@@ -86,7 +86,7 @@ def prompt_ids(count: int) -> list[list[int]]:
 
     import data
 
-    rows, _ = data.encode(prompts()[: count // G], AutoTokenizer.from_pretrained(MODEL), None, 1)
+    rows, _ = data.encode(prompts()[: count // G], AutoTokenizer.from_pretrained(MODEL))
     return [row["prompt_ids"] for row in rows for _ in range(G)]
 
 

@@ -62,7 +62,8 @@ def measure(dtype: str) -> dict:
             target.copy_(source)
 
     def sync():
-        send_weights(engine, model, lora.merged_parameters(model))
+        announced = [(name, p.shape, p.dtype) for name, p in lora.plain_parameters(model)]
+        send_weights(engine, announced, lora.merged_parameters(model))
 
     def send():
         for tensor in tensors:

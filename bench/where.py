@@ -103,7 +103,7 @@ def main() -> None:
     timed(FusedLinear, "__call__", "linear layers and head")
     timed(DecodingLayer, "attend", "attention")
     timed(DecodingLayer, "update", "attention")
-    timed(sampler, "sample_tokens", "drawing tokens")
+    timed(fast, "sample_tokens", "drawing tokens")
     peaks, results = [limits()], {}
     for row, settings in ROWS.items():
         results[row] = parts(*settings)

@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist  # noqa: E402
 from fast.cpu import use_cpu_well  # noqa: E402
+from run.log import Waits  # noqa: E402
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
 LIBC = ctypes.CDLL(None)
@@ -58,7 +59,8 @@ class WithoutOverlap(dist.ZeroAdamW):
 
 def ours(dtype, kind=dist.ZeroAdamW, **settings):
     model = new_model(dtype)
-    optimizer = kind(model.named_parameters(), weight_decay=0.1, **settings)
+    waits = Waits(torch.device("cpu"))
+    optimizer = kind(model.named_parameters(), weight_decay=0.1, waiting=waits, **settings)
     ranks = torch.distributed.get_world_size()
 
     def backward(ids):
@@ -66,7 +68,7 @@ def ours(dtype, kind=dist.ZeroAdamW, **settings):
 
     def update():
         optimizer.step(LEARNING_RATE)
-        return optimizer.seconds_waited()
+        return waits.seconds()
 
     return backward, update
 

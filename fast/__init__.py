@@ -10,6 +10,7 @@ Without this folder, or with --plain true, training is slower and gives the same
     adapters        adapters.py  lora.LoRALinear.forward               CPU, CUDA   that function
     quick decoder   decoder.py   sampler.Decoder                       CPU, CUDA   that class
       its weights   decoder.py   products of linear layers             CPU         the layers' own
+    drawing         draw.py      sampler.sample_tokens                 CPU, CUDA   that function
     threads, heap   cpu.py       PyTorch's and the C library's ways    CPU         their settings
 
 `prepare` decides which parts a model takes and leaves the choice on the model: in its attention
@@ -26,6 +27,7 @@ import dist
 import grpo
 from fast import adapters, decoder, remade
 from fast.cpu import use_cpu_well
+from fast.draw import sample_tokens
 from fast.head import LOGITS_AT_ONCE, head_is_plain, logps_from_hidden_states
 from fast.packed import MAX_SCORES, QUERIES_AT_ONCE, completion_hidden_states
 from grpo import Rows
@@ -37,6 +39,7 @@ __all__ = [
     "completion_logps",
     "decoder_for",
     "prepare",
+    "sample_tokens",
     "use_cpu_well",
 ]
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,9 @@ import torch.distributed as torch_dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+import dist
 import lora
 from data import UsageError
 
@@ -142,7 +145,7 @@ def move_away(paths: list[Path], folder: Path, what: str) -> None:
 
 def save(args, world, model, tokenizer, optimizer, progress: Progress) -> None:
     """Write checkpoint-<step>. A collective call: every rank gives its part of the state."""
-    state = optimizer.state_dict()
+    state = optimizer_state(optimizer)
     if world.is_main:
         folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
         unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -168,9 +171,104 @@ def save_model(args, model, state: dict[str, Tensor], folder: Path) -> None:
     trained = {n: p for n, p in parameters.items() if f"master.{n}" in state}
     weights = buffers | {n: state[f"master.{n}"].to(p.dtype) for n, p in trained.items()}
     if args.train_type == "lora":
-        lora.save(model, weights, folder, str(args.model), args.target_modules)
+        save_adapters(model, weights, folder, str(args.model), args.target_modules)
     else:
         model.save_pretrained(folder, state_dict=weights)
+
+
+def save_adapters(
+    model, weights: dict[str, Tensor], folder: Path, base_model: str, target_modules: list[str]
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT names them.
+
+    weights: the parameters by name, the adapters' among them.
+    """
+    adapted = dict(lora.layers(model))
+    tensors = {}
+    for name in adapted:
+        for part in lora.ADAPTER:
+            tensor = weights[f"{name}.{part}"].detach()
+            tensors[f"base_model.model.{name}.{part}.weight"] = tensor.contiguous().cpu()
+    targets = list(target_modules)
+    if targets == lora.EVERYTHING:  # PEFT writes names, too
+        targets = sorted({lora.last_part(name) for name in adapted})
+    layer = next(iter(adapted.values()))  # all are alike
+    rank = len(layer.lora_A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": layer.scale * rank,  # which PEFT divides by r
+        "lora_dropout": layer.dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,  # W lies as (out, in)
+        "inference_mode": True,  # frozen when loaded, unless is_trainable is asked for
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# The optimizer's state: full tensors by parameter name ------------------------------------------
+
+KEPT = ("master", "exp_avg", "exp_avg_sq")  # of each dist.Bucket
+
+
+def optimizer_state(optimizer: dist.ZeroAdamW) -> dict[str, Tensor]:
+    """The full state on the CPU of rank 0, empty on the others. Every rank has to call it."""
+    state = {"steps": torch.tensor(optimizer.steps)}
+    for bucket in optimizer.buckets:
+        for kind in KEPT:
+            flat = full_state(optimizer, bucket, getattr(bucket, kind))  # collective
+            if optimizer.rank > 0:
+                continue
+            for name, piece in zip(bucket.names, dist.views(flat, bucket.parameters)):
+                state[f"{kind}.{name}"] = piece.to("cpu", copy=True)
+    return state
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: dist.ZeroAdamW, state: dict[str, Tensor]) -> None:
+    """Take a full state, and the parameters with it; all that it needs to have is `state[name]`.
+
+    KeyError or RuntimeError if it is of other parameters.
+    """
+    optimizer.steps = int(state["steps"])
+    for bucket in optimizer.buckets:
+        for kind in KEPT:
+            values = (state[f"{kind}.{name}"] for name in bucket.names)  # one at a time
+            flat = flat_state(optimizer, bucket, values)
+            if kind == "master":  # the parameters are these, rounded to their dtype
+                bucket.flat.copy_(flat)
+            getattr(bucket, kind).copy_(flat[bucket.owned])
+
+
+def full_state(optimizer: dist.ZeroAdamW, bucket: dist.Bucket, shard: Tensor) -> Tensor:
+    """The ranks' shards (S,) of a bucket's state in one tensor, as long as its parameters."""
+    if optimizer.is_zero3:
+        p = bucket.parameters[0]
+        part, sizes = shard.view(dist.local(p).shape), {"shape": p.shape, "stride": p.stride()}
+        whole = DTensor.from_local(part, p.device_mesh, p.placements, **sizes)
+        return dist.full(whole).flatten()
+    if not optimizer.is_zero2:
+        return shard
+    flat = shard.new_empty(optimizer.num_shards * len(shard))  # (N·S,)
+    dist.all_gather(flat, shard)
+    return flat
+
+
+def flat_state(optimizer: dist.ZeroAdamW, bucket: dist.Bucket, values: Iterator[Tensor]) -> Tensor:
+    """State of the parameters' shapes laid out as `bucket.flat` is."""
+    if optimizer.is_zero3:
+        p = bucket.parameters[0]
+        cut = distribute_tensor(next(values), p.device_mesh, p.placements, src_data_rank=None)
+        return dist.local(cut).flatten()
+    flat = torch.zeros(len(bucket.flat))
+    for piece, value in zip(dist.views(flat, bucket.parameters), values):
+        piece.copy_(value)
+    return flat
 
 
 # Resuming ---------------------------------------------------------------------------------------
@@ -186,7 +284,7 @@ def resume(args: argparse.Namespace, world, optimizer) -> Progress:
         folder = checkpoint_to_resume(args)
         file = folder / "optimizer.safetensors"
         state = json.loads((folder / "trainer_state.json").read_text())
-    optimizer.load_state_dict(FileOfMain(world, file))
+    load_optimizer_state(optimizer, FileOfMain(world, file))
     return Progress(**world.from_main(state))
 
 

@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import data
 import lora
 from data import UsageError
-from run import checkpoints, engine, flags, readers
+from run import checkpoints, flags, placement, readers
+from run.fingerprint import Fingerprint
 from run.flags import EMBEDDED_MODEL, first_line
 from run.judge import Judge
 from run.log import say
 from run.plugins import CheckedRewards, load_plugins
-from sampler import Fingerprint
 
 # Flags that may differ between ranks. Nodes may keep files under other names; `contents` compares
 # what is in them.
@@ -120,7 +120,7 @@ def contents(args: argparse.Namespace, inputs: Inputs) -> dict[str, str]:
 def read_inputs(args: argparse.Namespace, world) -> Inputs:
     flags.check(args, world.size)
     if args.use_vllm:
-        engine.device_of(args)
+        placement.device_of(args)
     if world.is_main:  # it alone writes; other nodes may have disks of their own
         checkpoints.check_folder(args)
     load_plugins(args.external_plugins)
@@ -147,7 +147,7 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
 
 
 def read_rows(args: argparse.Namespace, world) -> tuple[list[dict], list[dict]]:
-    system = data.read_system(args.system)
+    system = readers.read_system(args.system)
     settings = {"seed": args.seed, "num_proc": args.dataset_num_proc, "system": system}
     settings["read"] = readers.read
     train_rows = data.load_rows(args.dataset, **settings)
@@ -163,15 +163,30 @@ def check_columns(rows: list[dict], flag: str, rewards: CheckedRewards, world) -
     """Whether the rows have what the rewards ask for."""
     rewards.check_columns([column for column in rows[0] if column != "prompt"])
     if {"accuracy", "cosine"} & set(rewards.names):
-        missing = data.check_solutions(rows)
+        missing = check_solutions(rows)
         if missing:
             what = f"{missing} of {len(rows)} rows have no reference"
             say(world, f"{flag}: {what}; accuracy and cosine skip them")
 
 
+def check_solutions(rows: list[dict]) -> int:
+    """How many rows have no reference for accuracy; UsageError if all, or if one is no text."""
+    flag = "--reward_funcs accuracy"
+    references = [row["solution"] for row in rows]
+    for reference in references:
+        if isinstance(reference, list | dict):
+            kind = type(reference).__name__
+            raise UsageError(f"{flag}: a row's reference is a {kind}; text or a number works")
+    missing = references.count(None)
+    if missing == len(rows):
+        raise UsageError(f"{flag}: no row has a reference; a column solution or answer works")
+    return missing
+
+
 def encode(args, world, rows: list[dict], flag: str, tokenizer, config) -> int:
     """Give the rows their prompt_ids, in place → tokens of the longest prompt and completion."""
-    rows[:], dropped = data.encode(rows, tokenizer, args.max_length, args.dataset_num_proc)
+    mapping = readers.map_in_processes(args.dataset_num_proc)
+    rows[:], dropped = data.encode(rows, tokenizer, args.max_length, mapping)
     if dropped:
         what = f"dropped {dropped} prompts of more than {args.max_length} tokens"
         say(world, f"{flag}: {what}, {len(rows)} are left")

@@ -9,11 +9,10 @@ Commands and replies are pickled tuples over a pipe; weights have a process grou
 (sampler.WeightGroup). An engine that ends, or says nothing for --vllm_timeout seconds, is killed,
 and what waits for it fails with a SamplerError that names its log. It ends when the trainer does.
 
-To sample with another engine, write a class with the methods that sampler.VLLMSampler calls:
-`complete`, `announce`, `send`, `reply`, `failure`, `close`, and `group`.
+To sample with another engine, write a class with the two methods of `OnRank0` that
+sampler.VLLMSampler calls, `load` and `complete`.
 """
 
-import argparse
 import atexit
 import ctypes
 import functools
@@ -26,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,109 +34,60 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from data import UsageError
-from run.log import say
-from sampler import Completion, SamplerError, WeightGroup, receive_weights
+from run.fingerprint import Fingerprint
+from sampler import Completion, SamplerError, WeightGroup, receive_weights, send_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 600.0  # seconds in which an engine starts: a large model is read, graphs captured
 
 
-# What flags mean ---------------------------------------------------------------------------------
-
-
-def engine_for(args: argparse.Namespace, world) -> Callable[[], "Engine"]:
-    """What starts the engine that the flags describe."""
-    device = device_of(args)
-    shared = device.type == "cuda" and device == world.device
-    memory = args.vllm_gpu_memory_utilization or (0.3 if shared else 0.9)
-    if shared:
-        what = f"vLLM shares {device}, the only GPU, with training"
-        say(world, f"{what}; --vllm_gpu_memory_utilization is {memory}")
-    settings = {
-        "model": args.model,
-        "dtype": args.torch_dtype,
-        "seed": args.seed % 2**32,
-        "max_model_len": args.vllm_max_model_len,
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
-        "generation_config": "vllm",
-    }
-    if device.type == "cuda":
-        settings["gpu_memory_utilization"] = memory
-        settings["async_scheduling"] = False  # nothing in flight when weights change
-    else:
-        settings["kv_cache_memory_bytes"] = 2 << 30
-        settings["enforce_eager"] = True  # compiling takes minutes and brings a tenth
-        # With seeds, 0.32.0 fails on half a prompt: "CPU Generator does not use offset".
-        settings["enable_chunked_prefill"] = False
-    log = Path(args.output_dir) / "vllm.log"
-    return functools.partial(
-        Engine, settings, device, trainer=world.device, timeout=args.vllm_timeout, log=log
-    )
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """The engine's device, of rank 0's node; on other nodes there is none to find."""
-    if int(os.environ.get("GROUP_RANK", 0)):
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return vllm_device(args.vllm_device, gpus, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def vllm_device(wanted: str, gpus: int, trainers: int) -> torch.device:
-    """The device that `--vllm_device` means, with GPUs numbered as this process sees them.
-
-    `trainers` processes train here, on the first GPUs; a single GPU is shared. The CPU where there
-    is no GPU. UsageError when the device is not there or not free.
-    """
-    if wanted == "auto" and not gpus:
-        return torch.device("cpu")
-    training = 0 if gpus == trainers == 1 else trainers
-    free = [f"cuda:{i}" for i in range(training, gpus)]
-    if wanted == "auto" and free:
-        return torch.device(free[0])
-    if wanted in free:
-        return torch.device(wanted)
-    if not gpus:
-        raise UsageError(f"--vllm_device {wanted}: there is no GPU; auto, the CPU, works")
-
-    if wanted == "auto":
-        problem = f"{trainers} processes train on {gpus} GPUs"
-    elif wanted in [f"cuda:{i}" for i in range(min(training, gpus))]:
-        problem = "a process trains on it"
-    else:
-        problem = f"there is no such GPU among {gpus}"
-    if free:
-        hint = f"auto or {' or '.join(free)} works"
-    elif gpus == 1:
-        hint = "one process would share it"
-    else:
-        hint = f"{gpus - 1} processes would leave one free"
-    raise UsageError(f"--vllm_device {wanted}: {problem}; {hint}")
-
-
-def engine_environment(device: torch.device) -> dict[str, str]:
-    """The environment of the engine's process: its one GPU, all CPU cores, nothing of torchrun's,
-    and this repository to import from."""
-    torchrun = (
-        r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_(RANK|NAME|WORLD_SIZE)|MASTER_(ADDR|PORT)"
-        r"|TORCHELASTIC_.*|OMP_NUM_THREADS"
-    )
-    kept = {name: text for name, text in os.environ.items() if not re.fullmatch(torchrun, name)}
-    if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpu = visible.split(",")[device.index] if visible else str(device.index)
-        kept["CUDA_VISIBLE_DEVICES"] = gpu
-    else:
-        kept["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # training uses the same cores in turn
-    kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    kept["VLLM_NO_USAGE_STATS"] = "1"
-    path = os.environ.get("PYTHONPATH")
-    kept["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
-    return kept
-
-
 # The trainer's side -----------------------------------------------------------------------------
+
+
+class OnRank0:
+    """An engine beside rank 0 that all ranks call at the same time, with the same outcome.
+
+    start: makes an `Engine`, here and on rank 0 alone. What ends it is a SamplerError on all ranks.
+    """
+
+    def __init__(self, world, start: Callable[[], "Engine"]):
+        self.world = world
+        self.engine: Engine | None = None  # on rank 0 only
+        self._together(lambda: setattr(self, "engine", start()))
+
+    def complete(self, requests: list[tuple], sampling: dict) -> list[Completion]:
+        """(prompt, number of completions, seed) … → the completions of all, in that order."""
+        return self._together(lambda: self.engine.complete(requests, sampling))
+
+    def load(self, announced: list[tuple], weights: Iterable, collective: bool) -> None:
+        """Send weights, announced as (name, shape, dtype). collective: to make one takes all ranks."""
+        self._together(
+            lambda: send_weights(self.engine, announced, weights), weights if collective else ()
+        )
+
+    def _together(self, function: Callable, weights: Iterable = ()):
+        """What rank 0's call returns, or the SamplerError that it raises, on every rank.
+
+        weights: what the call goes through, and the other ranks with it.
+        """
+        outcome = None
+        if self.world.is_main:
+            try:
+                outcome = function()
+            except SamplerError as error:
+                outcome = error
+            except OSError as error:  # no room for its log, no process to be had
+                outcome = SamplerError(f"--use_vllm true: {error}")
+        for _ in weights:  # on rank 0 those that it came to no more, after an error
+            pass
+        outcome = self.world.from_main(outcome)
+        if isinstance(outcome, SamplerError):
+            raise outcome
+        return outcome
+
+    def close(self) -> None:
+        if self.engine:
+            self.engine.close()
 
 
 class Engine:
@@ -189,15 +139,23 @@ class Engine:
 
     def announce(self, tensors: list[tuple]) -> None:
         """Say which weights come next: (name, shape, dtype) …, in the order of `send`."""
+        self.sent = Fingerprint()
         self.ask("load_weights", tensors)
         with self.watched():
             if self.group is None:
                 self.group = WeightGroup(self.store, 0, self.backend, self.trainer)
 
-    def send(self, tensor: Tensor) -> None:
-        """One of the weights, on the group's device."""
+    def send(self, name: str, tensor: Tensor) -> None:
+        """One of the weights."""
+        tensor = tensor.to(self.group.device).contiguous()
         with self.watched():
             self.group.send(tensor, lambda: self.process.poll() is None, self.timeout)
+        self.sent.add(name, tensor)
+
+    def check_arrived(self) -> None:
+        """SamplerError if the engine has got other weights than were sent."""
+        if self.reply() != self.sent.digest():
+            raise self.failure("received other weights than were sent")
 
     def ask(self, *command) -> None:
         with self.watched():
@@ -276,6 +234,27 @@ class Engine:
         self.process.wait()
 
 
+def engine_environment(device: torch.device) -> dict[str, str]:
+    """The environment of the engine's process: its one GPU, all CPU cores, nothing of torchrun's,
+    and this repository to import from."""
+    torchrun = (
+        r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_(RANK|NAME|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+        r"|TORCHELASTIC_.*|OMP_NUM_THREADS"
+    )
+    kept = {name: text for name, text in os.environ.items() if not re.fullmatch(torchrun, name)}
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpu = visible.split(",")[device.index] if visible else str(device.index)
+        kept["CUDA_VISIBLE_DEVICES"] = gpu
+    else:
+        kept["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # training uses the same cores in turn
+    kept["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    kept["VLLM_NO_USAGE_STATS"] = "1"
+    path = os.environ.get("PYTHONPATH")
+    kept["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
+    return kept
+
+
 # The engine's side, a process of its own --------------------------------------------------------
 
 
@@ -301,8 +280,10 @@ def engine_main(pipe: Connection, trainer: int) -> None:
             if group is None:
                 store = torch_dist.TCPStore("127.0.0.1", port, 2, is_master=False)
                 group = WeightGroup(store, 1, backend, torch.device("cuda", 0))
-            load = functools.partial(load_weights, llm)
-            pipe.send(("done", receive_weights(group, *args, load)))
+            received = Fingerprint()
+            load = functools.partial(load_weights, llm, received)
+            receive_weights(group, *args, load)
+            pipe.send(("done", received.digest()))
     except (EOFError, BrokenPipeError):
         status = 0  # the trainer is gone
     except BaseException as error:
@@ -344,15 +325,20 @@ def completion_of(output) -> Completion:
     return Completion(ids, logps, finished=output.finish_reason == "stop")
 
 
-def load_weights(llm, weights: Iterator[tuple[str, Tensor]]) -> None:
+def load_weights(llm, received: Fingerprint, weights: Iterator[tuple[str, Tensor]]) -> None:
     """Load weights as they arrive, over the old ones, and forget what was computed with those."""
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            received.add(name, tensor)
+            yield name, tensor
 
     def load(worker) -> None:
         model, loaded = worker.model_runner.get_model(), set()
         own_load_weights = model.load_weights
         model.load_weights = lambda weights: loaded.update(own_load_weights(weights))
         try:
-            worker.model_runner.reload_weights(weights_iterator=weights)
+            worker.model_runner.reload_weights(weights_iterator=noted())
         finally:
             del model.load_weights
         missing = {name for name, _ in model.named_parameters()} - loaded

@@ -35,7 +35,13 @@ from data import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 SEVEN = ("train", "lora", "data", "rewards", "grpo", "sampler", "dist")
-MODULES = (*SEVEN, "run/log", "run/checkpoints", "run/plan")  # in the order of --help
+MODULES = (
+    *SEVEN,
+    "run/log",
+    "run/checkpoints",
+    "run/placement",
+    "run/plan",
+)  # in the order of --help
 PLUGIN = ROOT / "examples" / "train" / "grpo" / "plugin" / "close.py"
 DEMO = (
     "--dataset arithmetic --val_dataset arithmetic-test "

@@ -4,10 +4,12 @@ Metrics are whatever the loss, the rewards and the sampler return: a new name ne
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from tqdm import tqdm
 
 from rewards import COUNTERS
@@ -98,6 +100,35 @@ def drift(world, micro_batches: list) -> dict[str, float]:
 def later_in_the_batch(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics of a batch for its second step and those behind it: sampling took place once."""
     return {name: 0.0 if name in ONCE_A_BATCH else value for name, value in metrics.items()}
+
+
+class Waits:
+    """A stopwatch: `with waits:` where this rank waits for others' numbers, then `seconds()`."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks = []  # where it began and ceased to wait, in turns
+
+    def __enter__(self) -> None:
+        """On a GPU a mark in the stream of computations: that waits, while Python runs ahead."""
+        if not self.on_gpu:
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def __exit__(self, *_) -> None:
+        self.__enter__()
+
+    def seconds(self) -> float:
+        """Waited since the last call."""
+        starts, ends = self.marks[::2], self.marks[1::2]
+        self.marks = []
+        if not self.on_gpu:
+            return sum(ends) - sum(starts)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in zip(starts, ends)) / 1000
 
 
 class Log:

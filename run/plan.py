@@ -265,7 +265,7 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
         name in data.BUILTINS or Path(name).suffix.lower() in readers.READERS for name in sources
     ):
         table = data.load_rows(
-            args.dataset, seed=args.seed, system=data.read_system(args.system), read=readers.read
+            args.dataset, seed=args.seed, system=readers.read_system(args.system), read=readers.read
         )
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)

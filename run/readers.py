@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path
 
-from data import BUILTINS, either, one_line
+from data import BUILTINS, UsageError, either, one_line
 
 JSON_WORKS = "an object a line, or one list of them, works"
 
@@ -108,3 +108,40 @@ def read_hub(source: str, flag: str, num_proc: int | None):
 READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 HUB = "a hub id such as AI-MO/NuminaMath-TIR works"
 WORKS = f"{', '.join(BUILTINS)}, a {either(READERS)} file, or {HUB}"
+
+
+def read_system(value: str | None) -> str | None:
+    """The system prompt that `--system` means: the text itself, or what a file of that name holds.
+
+    UsageError for what looks like a file (some/path, or .txt or .md at its end) and cannot be read.
+    """
+    if not value:
+        return None
+    looks_like_file = re.search(r"\.(txt|md)$|^\S*/\S*$", value)
+    if not looks_like_file and not os.path.isfile(value):
+        return value
+    try:
+        text = Path(value).read_text(encoding="utf-8-sig").strip()
+        if not text:
+            raise ValueError("the file is empty")
+    except (OSError, ValueError) as error:
+        works = "a text file or text works"
+        raise UsageError(f"--system {value}: {one_line(error)}; {works}") from error
+    return text
+
+
+def map_in_processes(count: int):
+    """Python's `map`, in so many processes, of functions that read a row's prompt."""
+
+    def map_rows(function, rows):
+        processes = min(count, len(rows))
+        if processes < 2:
+            return map(function, rows)
+        import datasets  # takes seconds, which only who asks for processes waits
+
+        # Prompts alone: other columns may mix types, which Arrow's tables refuse.
+        datasets.disable_progress_bars()
+        prompts = datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+        return prompts.map(function, num_proc=processes, keep_in_memory=True)
+
+    return map_rows

@@ -102,6 +102,8 @@ def _talk(output: Path, environment: dict, function: Callable, *args) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update({name: str(value) for name, value in environment.items()})
+    # A shell's background jobs ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     function(*args)
 
@@ -132,16 +134,17 @@ def places(ranks: int, **changes) -> list[dict[str, object]]:
     return [{"RANK": rank, "GROUP_RANK": rank} | common | changes for rank in range(ranks)]
 
 
-def run_forked(flags: list, processes: int, folder: Path) -> None:
-    """train.py in forked processes of one node."""
+def run_forked(flags: list, processes: int, folder: Path, status: int = 0, **environment) -> str:
+    """train.py in forked processes of one node → what rank 0 printed. status: that it ends with."""
     import train
 
     words = [str(flag) for flag in flags]
-    here = places(processes, LOCAL_WORLD_SIZE=processes)
+    here = places(processes, LOCAL_WORLD_SIZE=processes, **environment)
     jobs = [(train.main, (words,), place | {"LOCAL_RANK": place["RANK"]}) for place in here]
     with forked(folder, *jobs) as ranks:
         ends = [rank.end(timeout=300) for rank in ranks]
-    assert [status for status, _ in ends] == [0] * processes, ends
+    assert [ended for ended, _ in ends] == [status] * processes, ends
+    return ends[0][1]
 
 
 # Instruments -------------------------------------------------------------------------------------

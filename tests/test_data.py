@@ -11,6 +11,9 @@ import pytest
 from conftest import ROOT
 
 import data
+from run import readers
+from run.checks import check_solutions
+from run.readers import map_in_processes
 
 FIXTURES = ROOT / "tests" / "fixtures" / "data"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k-train.jsonl"
@@ -247,8 +250,12 @@ def test_system_is_text_or_a_file(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("\ufeffFrom a file.\n", encoding="utf-8")
     (tmp_path / "my prompts").mkdir()
     (tmp_path / "my prompts" / "prompt").write_text("No suffix.")
-    assert data.read_system("a.txt") == data.read_system(str(tmp_path / "a.txt")) == "From a file."
-    assert data.read_system("my prompts/prompt") == "No suffix."
+    assert (
+        readers.read_system("a.txt")
+        == readers.read_system(str(tmp_path / "a.txt"))
+        == "From a file."
+    )
+    assert readers.read_system("my prompts/prompt") == "No suffix."
     for text in (
         "You are helpful.",
         "Be brief",
@@ -257,8 +264,8 @@ def test_system_is_text_or_a_file(tmp_path, monkeypatch):
         "x" * 5000,
         "a\0b",
     ):
-        assert data.read_system(text) == text
-    assert data.read_system(None) is None and data.read_system("") is None
+        assert readers.read_system(text) == text
+    assert readers.read_system(None) is None and readers.read_system("") is None
 
 
 def test_a_system_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -266,16 +273,22 @@ def test_a_system_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "folder.md").mkdir()
-    assert error_of(data.read_system, "examples/nope.txt").startswith(
+    assert error_of(readers.read_system, "examples/nope.txt").startswith(
         "--system examples/nope.txt: no such file"
     )
-    assert error_of(data.read_system, "nope.md").startswith("--system nope.md: no such file")
-    assert error_of(data.read_system, "prompts/r1").startswith("--system prompts/r1: no such file")
-    assert error_of(data.read_system, "empty.txt").startswith(
+    assert error_of(readers.read_system, "nope.md").startswith("--system nope.md: no such file")
+    assert error_of(readers.read_system, "prompts/r1").startswith(
+        "--system prompts/r1: no such file"
+    )
+    assert error_of(readers.read_system, "empty.txt").startswith(
         "--system empty.txt: the file is empty"
     )
-    assert error_of(data.read_system, "bytes.txt").startswith("--system bytes.txt: 'utf-8' codec")
-    assert error_of(data.read_system, "folder.md").startswith("--system folder.md: is a directory")
+    assert error_of(readers.read_system, "bytes.txt").startswith(
+        "--system bytes.txt: 'utf-8' codec"
+    )
+    assert error_of(readers.read_system, "folder.md").startswith(
+        "--system folder.md: is a directory"
+    )
 
 
 # Bad datasets -----------------------------------------------------------------------------------
@@ -356,10 +369,10 @@ def test_accuracy_needs_a_reference_somewhere(write):
     rows = data.load_rows(
         [write([{"question": "a", "answer": "1"}, {"question": "b", "answer": None}])]
     )
-    assert data.check_solutions(rows) == 1
-    assert data.check_solutions(data.load_rows(["arithmetic"])) == 0
+    assert check_solutions(rows) == 1
+    assert check_solutions(data.load_rows(["arithmetic"])) == 0
     none = data.load_rows([write([{"question": "a"}])])
-    assert error_of(data.check_solutions, none).startswith(
+    assert error_of(check_solutions, none).startswith(
         "--reward_funcs accuracy: no row has a reference"
     )
 
@@ -370,7 +383,7 @@ def test_a_reference_that_is_no_text_is_for_rewards_of_ones_own(write):
     )
     assert [row["solution"] for row in rows] == ["1", ["1", "2"]]
     assert "accuracy: a row's reference is a list; text or a number works" in error_of(
-        data.check_solutions, rows
+        check_solutions, rows
     )
 
 
@@ -420,10 +433,14 @@ def test_several_processes_tokenize_the_same_without_a_word(tokenizer, capfd):
     rows = data.load_rows(["arithmetic#7", str(FIXTURES / "numina.jsonl")])
     datasets.enable_progress_bars()  # as they are in a new process
     capfd.readouterr()
-    assert data.encode(rows, tokenizer, num_proc=2) == data.encode(rows, tokenizer)
-    assert data.encode(rows[:2], tokenizer, num_proc=4) == data.encode(rows[:2], tokenizer)
-    assert data.encode(rows[:1], tokenizer, num_proc=4) == data.encode(rows[:1], tokenizer)
-    assert data.encode([], tokenizer, num_proc=4) == ([], 0)
+    assert data.encode(rows, tokenizer, map=map_in_processes(2)) == data.encode(rows, tokenizer)
+    assert data.encode(rows[:2], tokenizer, map=map_in_processes(4)) == data.encode(
+        rows[:2], tokenizer
+    )
+    assert data.encode(rows[:1], tokenizer, map=map_in_processes(4)) == data.encode(
+        rows[:1], tokenizer
+    )
+    assert data.encode([], tokenizer, map=map_in_processes(4)) == ([], 0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -435,8 +452,8 @@ def test_a_tokenizer_without_a_template_or_with_a_stricter_one_is_one_line(token
     message = "--model gpt2: no chat template; an instruct model, or a chat_template.jinja, works"
     assert error_of(data.encode, rows, other) == message
     other.chat_template = "{{ raise_exception('System role not supported') }}"
-    for num_proc in (None, 2):
-        message = error_of(data.encode, rows, other, num_proc=num_proc)
+    for count in (1, 2):
+        message = error_of(data.encode, rows, other, map=map_in_processes(count))
         assert (
             message == "--model gpt2: its chat template refuses a prompt: system role not supported"
         )

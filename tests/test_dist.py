@@ -9,6 +9,7 @@ from processes import forked, in_processes, places
 from safetensors.torch import load_file, save_file
 
 import dist
+from run.checkpoints import load_optimizer_state, optimizer_state
 
 STEPS, BATCH, MICRO, MAX_NORM = 20, 24, 2, 40.0
 
@@ -232,7 +233,7 @@ def test_bfloat16_parameters_are_updated_through_float32_master_weights():
     ours = Model(torch.bfloat16)
     our_optimizer = our_adamw(ours)
     parameters, _ = train(ALONE, ours, our_optimizer)
-    state = our_optimizer.state_dict()
+    state = optimizer_state(our_optimizer)
     for name, value in master.named_parameters():
         if value.requires_grad:
             kept = state[f"master.{name}"]
@@ -248,7 +249,7 @@ def save_half(world, file):
     model = Model()
     optimizer = our_adamw(model, bucket_size=100)
     train(world, model, optimizer, last=10)
-    state = optimizer.state_dict()
+    state = optimizer_state(optimizer)
     if world.is_main:
         save_file(state, file)
     return list(state)
@@ -258,7 +259,7 @@ def go_on(world, file):
     """From a state → parameters; and those of twenty steps in bfloat16."""
     model = Model()
     optimizer = our_adamw(model)
-    optimizer.load_state_dict(load_file(file))
+    load_optimizer_state(optimizer, load_file(file))
     parameters, _ = train(world, model, optimizer)
     rounded = Model(torch.bfloat16)
     rounded_parameters, _ = train(world, rounded, our_adamw(rounded))

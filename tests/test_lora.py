@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import lora
 from data import UsageError
+from run.checkpoints import save_adapters
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 4, 5, 6, 7, 8]])
 
@@ -79,7 +80,7 @@ def test_a_layer_holds_the_weights_of_the_one_whose_place_it_takes():
 def test_peft_loads_what_is_saved_here(architecture, tmp_path):
     peft = pytest.importorskip("peft")
     model = adapted(architecture)
-    lora.save(model, dict(model.named_parameters()), tmp_path, "base", ["all-linear"])
+    save_adapters(model, dict(model.named_parameters()), tmp_path, "base", ["all-linear"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0)
@@ -113,7 +114,7 @@ def test_peft_adapts_the_same_layers_in_the_same_way(targets, tmp_path):
 def test_gradients_equal_peft(tmp_path):
     peft = pytest.importorskip("peft")
     model = adapted()
-    lora.save(model, dict(model.named_parameters()), tmp_path, "base", ["all-linear"])
+    save_adapters(model, dict(model.named_parameters()), tmp_path, "base", ["all-linear"])
     theirs = peft.PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True).eval()
     for m in (model, theirs):
         m(IDS).logits.square().mean().backward()

@@ -11,11 +11,11 @@ from conftest import ARCHITECTURES, tiny_model
 
 import lora
 from dist import World
+from run.engine import OnRank0
 from sampler import (
     ROOM,
     Completion,
     Decoder,
-    Fingerprint,
     ModelSampler,
     SamplerError,
     VLLMSampler,
@@ -27,6 +27,7 @@ from sampler import (
 
 ENDS = [2, *range(11, 21)]  # many end-of-sequence tokens, so that rows end at different times
 CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 
 
 def prompts_of(counts=(4, 4, 4), lengths=(3, 6, 1), beginning=(5, 6, 7, 8)):
@@ -196,27 +197,6 @@ def test_weights_are_merged_without_touching_the_model():
     assert not torch.equal(merged[adapted], before[adapted])
 
 
-SIZES = [(torch.float32, 64), (torch.bfloat16, 7), (torch.float32, 3), (torch.float32, 1025)]
-
-
-@pytest.mark.parametrize("dtype, size", SIZES)
-def test_a_fingerprint_tells_a_single_bit(dtype, size):
-    def digest(name, tensor):
-        fingerprint = Fingerprint()
-        fingerprint.add("first", torch.ones(5))
-        fingerprint.add(name, tensor)
-        return fingerprint.digest()
-
-    tensor = torch.randn(size, 3).to(dtype)
-    same = digest("w", tensor)
-    assert digest("w", tensor.clone()) == same
-    assert same not in {digest("v", tensor), digest("w", tensor.T)}
-    for row in (0, size - 1):
-        other = tensor.clone()
-        other.view(torch.int16)[row, 1] ^= 1
-        assert digest("w", other) != same
-
-
 class ThreadEngine:
     """What receives weights, and says the same of any prompt, in a thread of this process."""
 
@@ -233,23 +213,23 @@ class ThreadEngine:
         self.theirs = WeightGroup(store, 1, "gloo", CPU)
 
     def announce(self, tensors) -> None:
+        self.sent = {}
+
         def receive():
-            load = lambda weights: self.received.update(weights)  # noqa: E731
-            self.digest = receive_weights(self.theirs, tensors, load)
+            receive_weights(self.theirs, tensors, self.received.update)
 
         self.transfers += 1
         self.thread = threading.Thread(target=receive)
         self.thread.start()
 
-    def send(self, tensor) -> None:
+    def send(self, name, tensor) -> None:
+        self.sent[name] = tensor
         self.group.send(self.change(tensor), lambda: True, timeout=20.0)
 
-    def reply(self) -> str:
+    def check_arrived(self) -> None:
         self.thread.join()
-        return self.digest
-
-    def failure(self, what: str) -> SamplerError:
-        return SamplerError(what)
+        if any(not torch.equal(self.received[name], sent) for name, sent in self.sent.items()):
+            raise SamplerError("received other weights than were sent")
 
     def complete(self, requests, sampling) -> list[Completion]:
         self.requests, self.sampling = requests, sampling
@@ -268,20 +248,21 @@ def adapted_model():
 
 def test_what_is_received_is_what_was_sent_and_a_changed_tensor_is_told():
     model, engine = adapted_model(), ThreadEngine()
-    send_weights(engine, model, lora.merged_parameters(model))
+    announced = [(name, p.shape, p.dtype) for name, p in lora.plain_parameters(model)]
+    send_weights(engine, announced, lora.merged_parameters(model))
     expected = dict(lora.merged_parameters(model))
     assert list(engine.received) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(engine.received[name], tensor) and tensor.dtype == torch.bfloat16
     engine.change = lambda tensor: tensor + 1
     with pytest.raises(SamplerError, match="received other weights than were sent"):
-        send_weights(engine, model, lora.merged_parameters(model))
+        send_weights(engine, announced, lora.merged_parameters(model))
 
 
 def test_weights_are_sent_once_before_they_are_needed():
     model, engine = adapted_model(), ThreadEngine()
     settings = {"eos_token_ids": [2, 7], "max_new_tokens": 5, "temperature": 0.5, "top_k": 9}
-    vllm = VLLMSampler(model, World(0, 1, CPU), lambda: engine, **settings)
+    vllm = VLLMSampler(model, ALONE, OnRank0(ALONE, lambda: engine), **settings)
     prompts = [[3, 4], [3, 4], [5]]
     completions = vllm.generate(prompts, [10, 11, 20])
     assert engine.transfers == 1 and vllm.metrics["time/sync"] > 0
@@ -303,4 +284,4 @@ def test_an_engine_that_does_not_start_is_told_in_one_line():
         raise OSError(28, "No space left on device", "vllm.log")
 
     with pytest.raises(SamplerError, match=r"^--use_vllm true: .*No space left on device: 'vllm"):
-        VLLMSampler(tiny_model(), World(0, 1, CPU), start, eos_token_ids=[2], max_new_tokens=5)
+        OnRank0(ALONE, start)

@@ -22,6 +22,7 @@ from test_dist import (
 )
 
 import dist
+from run.log import Waits
 
 # Sharded or not, elements in a bucket (a parameter in each, a few, all), and steps.
 RUNS = [(True, 1, 8), (True, 80, STEPS), (True, 10**6, 8), (False, 80, 8)]
@@ -160,17 +161,15 @@ def reduced_during_backward(world):
 def seconds_waited(world, folder):
     """The last rank comes when all others have waited for PAUSE seconds → seconds that this rank
     says it waited, that its step took, and that it says when asked again."""
-    model = layers(torch.float32)
-    optimizer = dist.ZeroAdamW(model.named_parameters())
+
+    class Telling(Waits):
+        def __enter__(self):
+            super().__enter__()
+            (folder / f"waits-{world.rank}").touch()
+
+    model, waits = layers(torch.float32), Telling(torch.device("cpu"))
+    optimizer = dist.ZeroAdamW(model.named_parameters(), waiting=waits)
     is_late = world.rank == world.size - 1
-    now = optimizer._now
-
-    def tell():  # the first mark is where this rank begins to wait
-        mark = now()
-        (folder / f"waits-{world.rank}").touch()
-        return mark
-
-    optimizer._now = tell
     world.barrier()
     started = time.perf_counter()
     if is_late:
@@ -180,7 +179,7 @@ def seconds_waited(world, folder):
     optimizer.backward(model(torch.ones(1, WIDTH)).sum())
     optimizer.step(1e-3)
     took = time.perf_counter() - started
-    return optimizer.seconds_waited(), took, optimizer.seconds_waited()
+    return waits.seconds(), took, waits.seconds()
 
 
 def work(world, folder):

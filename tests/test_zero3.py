@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import dist
 import grpo
 import lora
+from run.checkpoints import load_optimizer_state, optimizer_state
 from sampler import Decoder, ModelSampler
 
 STAGES = {"none": 14, "zero2": 2 + 12 / 2, "zero3": 14 / 2}  # bytes a parameter of two ranks
@@ -42,11 +43,11 @@ def steps_of(world, model, load=None, last=STEPS):
     """→ parameters, norms, the optimizer's state after 10 steps and after all."""
     optimizer, norms, states = our_adamw(model), [], {}
     if load:
-        optimizer.load_state_dict(load)
+        load_optimizer_state(optimizer, load)
     while optimizer.steps < last:
         parameters, more = train(world, model, optimizer, last=optimizer.steps + 10)
         norms += more
-        states[optimizer.steps] = optimizer.state_dict()
+        states[optimizer.steps] = optimizer_state(optimizer)
     return parameters, norms, states
 
 

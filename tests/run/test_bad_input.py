@@ -8,6 +8,7 @@ import shutil
 import pytest
 import transformers
 from conftest import ROOT, flags_for, run_train
+from processes import run_forked
 
 import train
 
@@ -185,10 +186,7 @@ def test_a_failing_reward_ends_the_run_with_its_name(model_folder, tmp_path):
         'from rewards import orms\norms["bad"] = lambda completions, **kw: 1 / 0\n'
     )
     flags = flags_for(model_folder, tmp_path / "bad.py", tmp_path / "out", reward_funcs="bad")
-    result = run_train(*flags, check=False)
-    assert result.returncode == 1 and re.search(
-        r"^train.py: reward bad, step 1, row 0: .*ZeroDivision", result.stderr, re.M
-    ), result.stderr
-    assert "Traceback" not in result.stderr and list(
-        (tmp_path / "out").glob("failed-reward-*.json")
-    )
+    said = run_forked(flags, 1, tmp_path / "run", status=1)
+    assert re.search(r"^train.py: reward bad, step 1, row 0: .*ZeroDivision", said, re.M), said
+    assert "Traceback" not in said
+    assert list((tmp_path / "out").glob("failed-reward-*.json"))

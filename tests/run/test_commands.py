@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, flags_for, read_metrics, run_train, train_here
+from processes import run_forked
 
 import sampler
 
@@ -177,7 +178,7 @@ def test_each_reward_alone_and_all_with_checkpoint_weights(
     if processes == 1:
         train_here(*flags)
     else:
-        run_train(*flags, processes=processes)
+        run_forked(flags, processes, tmp_path / "ranks")
 
     half = [
         (1 + math.cos(math.pi * min(1, len(tokenizer.encode(text)) / 32))) / 2 for text in SCRIPT

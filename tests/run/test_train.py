@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+import types
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from conftest import (
     checkpoint_weights,
     flags_for,
     read_metrics,
-    run_train,
     timeless,
     train_here,
 )
+from processes import run_forked
 from safetensors.torch import load_file
 
 import data
@@ -36,10 +38,8 @@ def test_two_processes_train_as_one_does(train_type, model_folder, plugin, tmp_p
     }
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     train_here(*flags_for(model_folder, plugin, one, **common, per_device_train_batch_size=32))
-    run_train(
-        *flags_for(model_folder, plugin, two, **common, deepspeed="zero2", bucket_size=1000),
-        processes=2,
-    )
+    zero2 = {"deepspeed": "zero2", "bucket_size": 1000}
+    run_forked(flags_for(model_folder, plugin, two, **common | zero2), 2, tmp_path / "ranks")
     assert all(0 < line["time/comm"] < line["time/step"] for line in read_metrics(two))
     split = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     train_here(*flags_for(model_folder, plugin, three, **common | split))
@@ -116,26 +116,41 @@ def test_an_earlier_run_in_the_output_folder_is_moved_aside(model_folder, plugin
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_wandb_gets_metrics_and_completions(model_folder, plugin, tmp_path):
+WANDB = """
+import json
+
+
+class Table:
+    def __init__(self, columns):
+        self.columns, self.rows = columns, []
+
+    def add_data(self, *row):
+        self.rows.append(row)
+
+
+class Run:
+    def log(self, values, step):
+        values = {k: v.rows if isinstance(v, Table) else v for k, v in values.items()}
+        print(json.dumps({"wandb": values, "step": step}))
+
+    def finish(self):
+        print("wandb finished")
+
+
+def init(**settings):
+    return Run()
+"""
+
+
+def test_wandb_gets_metrics_and_completions(model_folder, plugin, tmp_path, monkeypatch):
     """A stand-in for the wandb package, since a real run needs its server."""
-    stub = tmp_path / "stub"
-    (stub / "wandb").mkdir(parents=True)
-    (stub / "wandb" / "__init__.py").write_text(
-        "import json, os\n"
-        "class Table:\n"
-        "    def __init__(self, columns): self.columns, self.rows = columns, []\n"
-        "    def add_data(self, *row): self.rows.append(row)\n"
-        "class Run:\n"
-        "    def log(self, values, step):\n"
-        "        values = {k: v.rows if isinstance(v, Table) else v for k, v in values.items()}\n"
-        "        print(json.dumps({'wandb': values, 'step': step}))\n"
-        "    def finish(self): print('wandb finished')\n"
-        "def init(**kw): return Run()\n"
-    )
+    wandb = types.ModuleType("wandb")
+    exec(WANDB, vars(wandb))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     flags = flags_for(
         model_folder, plugin, tmp_path / "o", report_to="wandb", log_completions="true", max_steps=1
     )
-    out = run_train(*flags, PYTHONPATH=str(stub)).stdout
+    out = train_here(*flags)
     logged = [json.loads(line) for line in out.splitlines() if line.startswith('{"wandb"')]
     assert any("reward" in line["wandb"] for line in logged) and "wandb finished" in out
     table = next(line["wandb"]["completions"] for line in logged if "completions" in line["wandb"])

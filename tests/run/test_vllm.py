@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EMBEDDED_MODEL, ROOT, flags_for, read_metrics, start_train, tiny_model
+from conftest import (
+    EMBEDDED_MODEL,
+    ROOT,
+    flags_for,
+    read_metrics,
+    run_train,
+    start_train,
+    tiny_model,
+)
+from processes import forked, places, run_forked
 from test_commands import guide_flags, numina, swapped  # noqa: F401
 
 import data
@@ -24,7 +34,8 @@ import lora
 import train
 from data import UsageError
 from dist import World
-from run.engine import Engine, engine_environment, vllm_device
+from run.engine import Engine, OnRank0, engine_environment
+from run.placement import vllm_device
 from sampler import SamplerError, VLLMSampler
 
 needs_vllm = pytest.mark.skipif(
@@ -161,12 +172,12 @@ def test_an_error_of_the_trainers_own_is_not_the_engines(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("this one is the trainer's")
 
     model, world = tiny_model(), World(0, 1, CPU)
-    start = partial(stub_engine, tmp_path, monkeypatch)
-    vllm = VLLMSampler(model, world, start, eos_token_ids=[2], max_new_tokens=3)
+    engine = OnRank0(world, partial(stub_engine, tmp_path, monkeypatch))
+    vllm = VLLMSampler(model, world, engine, eos_token_ids=[2], max_new_tokens=3)
     monkeypatch.setattr(lora, "merged_parameters", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError, match="this one is the trainer's"):
         vllm.generate([[5]], [0])
-    vllm.engine.kill()
+    engine.engine.kill()
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +208,10 @@ def steps(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def wait_for_steps(run, folder: Path, count: int) -> None:
+def wait_for_steps(is_alive, folder: Path, count: int) -> None:
     deadline = time.monotonic() + 240
     while steps(folder) < count:
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1][-3000:]
+        assert is_alive() and time.monotonic() < deadline
         time.sleep(0.2)
 
 
@@ -212,37 +223,47 @@ def assert_no_engine_but(before: list[int]) -> None:
 
 
 SILENT = "the engine gave no sign of life for 5 s (--vllm_timeout) and was killed; its log is"
-ENDS = {  # what → signal, whom it is sent to, processes, exit status, what is said
+ENDS = {  # what → signal, whom it is sent to, ranks, exit status, what is said
     "engine stopped": (signal.SIGSTOP, "engine", 2, 1, SILENT),
-    "SIGTERM to torchrun": (signal.SIGTERM, "run", 2, 1, "SIGTERM"),
-    "Ctrl-C": (signal.SIGINT, "run", 1, 130, "train.py: interrupted"),
-    "SIGKILL": (signal.SIGKILL, "run", 1, -9, ""),
+    "SIGTERM to torchrun": (signal.SIGTERM, "torchrun", 2, 1, "SIGTERM"),
+    "Ctrl-C": (signal.SIGINT, "rank", 1, 130, "train.py: interrupted"),
+    "SIGKILL": (signal.SIGKILL, "rank", 1, -9, ""),
 }
 
 
+def become_torchrun(words: list[str]) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    os.execv(sys.executable, [sys.executable, *command, str(ROOT / "train.py"), *words])
+
+
 @pytest.mark.parametrize("case", ENDS)
-def test_however_it_ends_every_process_is_gone_in_time(case, model_folder, plugin, tmp_path):
+def test_however_it_ends_every_process_is_gone_in_time(
+    case, model_folder, plugin, tmp_path, monkeypatch
+):
     before = engines()
-    kind, whom, processes, status, message = ENDS[case]
+    kind, whom, ranks, status, message = ENDS[case]
     flags = flags_for(model_folder, plugin, tmp_path / "out", max_steps=10_000)
     flags += ["--use_vllm", "true", "--vllm_timeout", "5"]
-    run = start_train(*flags, processes=processes, PYTHONPATH=str(STUB))
-    try:
-        wait_for_steps(run, tmp_path / "out", 3)
+    monkeypatch.syspath_prepend(STUB)
+    if whom == "torchrun":
+        jobs = [(become_torchrun, (flags,), {"PYTHONPATH": STUB, "OMP_NUM_THREADS": 1})]
+    else:
+        here = places(ranks, LOCAL_WORLD_SIZE=ranks, PYTHONPATH=STUB)
+        jobs = [(train.main, (flags,), place | {"LOCAL_RANK": place["RANK"]}) for place in here]
+    with forked(tmp_path / "said", *jobs) as processes:
+        first = processes[0].process
+        wait_for_steps(first.is_alive, tmp_path / "out", 3)
         (engine,) = set(engines()) - set(before)
-        os.kill(engine if whom == "engine" else run.pid, kind)
+        os.kill(engine if whom == "engine" else first.pid, kind)
         ended = time.monotonic()
-        out, err = run.communicate(timeout=60)
+        ends = [process.end(timeout=60) for process in processes]
         assert time.monotonic() - ended < 30 + 5 * (kind == signal.SIGSTOP)
-        assert run.returncode == status
-        assert err.count(message) >= (processes if whom == "engine" else 1), err[-3000:]
-    finally:
-        run.kill()
+    assert all(found == status and message in said for found, said in ends), ends
     assert_no_engine_but(before)
 
 
-def guide_run(folder: Path, numina, model: Path, processes: int, **env) -> list[str]:  # noqa: F811
-    """The guide's multi-GPU command, small → the completions that it drew."""
+def guide_run(folder: Path, numina, model: Path, processes: int, run) -> list[str]:  # noqa: F811
+    """The guide's multi-GPU command, small → the completions that it drew. run: what runs flags."""
     before = engines()
     sizes = {"model": model, "dataset": f"{numina}#8"}
     sizes |= {"max_completion_length": 8, "num_generations": 4}
@@ -250,24 +271,32 @@ def guide_run(folder: Path, numina, model: Path, processes: int, **env) -> list[
     if processes == 1:
         flags = swapped(flags, per_device_train_batch_size=2, per_device_eval_batch_size=2)
     flags += ["--num_generations_eval", "2"]
-    run = start_train(*flags, processes=processes, **env)
-    _, err = run.communicate(timeout=300)
-    assert run.returncode == 0, err[-3000:]
+    run(flags, processes)
+    assert_no_engine_but(before)
     lines = read_metrics(folder)
     assert lines[-1]["step"] == 7 and {"time/sync", "rewards/accuracy"} <= set(lines[-1])
     assert read_metrics(folder, evaluations=True) and (folder / "vllm.log").exists()
-    assert (folder / "checkpoint-7" / "model.safetensors").exists() and engines() == before
+    assert (folder / "checkpoint-7" / "model.safetensors").exists()
     text = (folder / "completions.jsonl").read_text()
     drawn = [json.loads(line)["completion"] for line in text.splitlines()]
     assert len(drawn) == 7 * 4 and len(set(drawn[:4])) > 1
     return drawn
 
 
-def test_two_processes_ask_the_engine_for_what_one_asks(numina, small_folder, tmp_path):  # noqa: F811
+def test_two_processes_ask_the_engine_for_what_one_asks(
+    numina,  # noqa: F811
+    small_folder,
+    tmp_path,
+    monkeypatch,
+):
     """With two, a group of 4 lies across both. The stub's words tell prompt and seed apart."""
-    path = {"PYTHONPATH": str(STUB)}
+    monkeypatch.syspath_prepend(STUB)  # where the flags look whether vLLM is installed
+
+    def run(flags, processes):
+        run_forked(flags, processes, tmp_path / f"ranks-{processes}", PYTHONPATH=STUB)
+
     drawn = [
-        guide_run(tmp_path / str(processes), numina, small_folder, processes, **path)
+        guide_run(tmp_path / str(processes), numina, small_folder, processes, run)
         for processes in (1, 2)
     ]
     assert drawn[0] == drawn[1]
@@ -286,9 +315,10 @@ def prompts(tokenizer, count: int, copies: int = 1) -> list[list[int]]:
 
 def make_sampler(model, folder, log, temperature=1.0, length=16) -> VLLMSampler:
     arguments = {"model": str(folder), "dtype": "float32", **ON_CPU}
-    start = partial(Engine, arguments, CPU, trainer=CPU, log=log)
+    world = World(0, 1, CPU)
+    engine = OnRank0(world, partial(Engine, arguments, CPU, trainer=CPU, log=log))
     settings = {"eos_token_ids": [2], "max_new_tokens": length, "temperature": temperature}
-    return VLLMSampler(model, World(0, 1, CPU), start, **settings)
+    return VLLMSampler(model, world, engine, **settings)
 
 
 def difference(model, ids, completions, temperature=1.0) -> float:
@@ -310,7 +340,7 @@ def running(request, tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     sampler = make_sampler(model, folder, folder / "vllm.log", temperature=0.7)
     yield architecture, model, sampler
-    sampler.close()
+    sampler.engine.close()
 
 
 @needs_vllm
@@ -337,7 +367,8 @@ def test_new_weights_reach_the_engine_whatever_the_architecture_calls_them(runni
 def test_what_is_wrong_with_weights_ends_the_engine_and_is_told(running, tokenizer, monkeypatch):
     """A fault for each architecture's engine, and none for the last, which ends by itself."""
     architecture, model, vllm = running
-    parameters, send = lora.plain_parameters, vllm.engine.send
+    engine = vllm.engine.engine
+    parameters, send = lora.plain_parameters, engine.group.send
 
     def renamed(model):
         return ((name.replace("up_proj", "higher"), tensor) for name, tensor in parameters(model))
@@ -348,11 +379,11 @@ def test_what_is_wrong_with_weights_ends_the_engine_and_is_told(running, tokeniz
     if architecture == "gemma":
         many = prompts(tokenizer, 100)  # more tokens than vLLM takes at once
         assert len(vllm.generate(many, range(100))) == 100
-        vllm.close()
-        assert vllm.engine.process.returncode == 0
+        vllm.engine.close()
+        assert engine.process.returncode == 0
         return
     if architecture == "llama":
-        monkeypatch.setattr(vllm.engine, "send", lambda tensor: send(tensor + 1))
+        monkeypatch.setattr(engine.group, "send", lambda tensor, *rest: send(tensor + 1, *rest))
         message = "received other weights than were sent; its log is"
     elif architecture == "qwen2":
         monkeypatch.setattr(lora, "plain_parameters", renamed)
@@ -363,7 +394,7 @@ def test_what_is_wrong_with_weights_ends_the_engine_and_is_told(running, tokeniz
     vllm.take_weights(model)
     with pytest.raises(SamplerError, match=message):
         vllm.generate(prompts(tokenizer, 1), [0])
-    assert vllm.engine.process.returncode is not None
+    assert engine.process.returncode is not None
 
 
 @needs_vllm
@@ -401,7 +432,7 @@ def test_after_a_sync_the_engine_says_what_a_fresh_one_says_on_the_checkpoint(to
             engine.take_weights(model)
             synced[other] = [c.ids for c in engine.generate(ids, seeds)]
         finally:
-            engine.close()
+            engine.engine.close()
     assert fresh == synced and fresh["full"] != fresh["lora"]
 
 
@@ -429,7 +460,7 @@ def stale_from_step_8(embedded_model, tmp_path_factory) -> SimpleNamespace:
     before, memory = engines(), set(os.listdir("/dev/shm"))
     run = start_train(*flags, *more.split(), processes=2)
     try:
-        wait_for_steps(run, out, 14)
+        wait_for_steps(lambda: run.poll() is None, out, 14)
         (engine,) = set(engines()) - set(before)
         os.kill(engine, signal.SIGKILL)
         killed = time.monotonic()
@@ -470,4 +501,8 @@ def test_when_the_engine_is_killed_every_rank_says_so_and_nothing_is_left(stale_
 
 @needs_vllm
 def test_the_guides_multi_gpu_command_runs_with_vllm(numina, small_folder, tmp_path):  # noqa: F811
-    guide_run(tmp_path / "out", numina, small_folder, processes=2)
+
+    def run(flags, processes):
+        run_train(*flags, processes=processes)
+
+    guide_run(tmp_path / "out", numina, small_folder, 2, run)

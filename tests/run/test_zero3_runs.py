@@ -14,6 +14,7 @@ import dist
 import fast
 import lora
 import train
+from run.checkpoints import optimizer_state
 
 # From stage to stage ------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ def checkpoint(model_folder, tmp_path):
     lora.inject(model, 8, 32)
     folder = tmp_path / "checkpoint-0"
     folder.mkdir()
-    state = dist.ZeroAdamW(model.named_parameters()).state_dict()
+    state = optimizer_state(dist.ZeroAdamW(model.named_parameters()))
     save_file(state, folder / "optimizer.safetensors")
     (folder / "trainer_state.json").write_text('{"step": 0, "num_tokens": 0, "unlogged": []}')
     return folder

@@ -1,0 +1,45 @@
+"""Drawing tokens with few running sums.
+
+A running sum over a whole vocabulary is slow, so the sums of parts of it find the part, and only
+its tokens are summed one by one:
+
+    weights     [ 256 | 256 | 256 | … ]     a sum each, and a running sum of these
+                        └─ the part that the target lies in: 256 running sums
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sampler import first_above, truncate
+
+SUMMED_TOGETHER = 256  # tokens of a part
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`sampler.sample_tokens`: logits (B, V), uniforms (B,) → tokens (B,) and logps (B,)."""
+    if temperature != 1.0:
+        logits = logits.to(torch.float32, copy=True).div_(temperature)
+    probabilities = logits.softmax(-1, dtype=torch.float32)  # (B, V)
+    weights = probabilities
+    if top_p < 1.0 or top_k > 0:
+        dropped = truncate(logits.float(), top_p, top_k) == float("-inf")
+        weights = weights.masked_fill(dropped, 0.0)
+    rest = -weights.shape[1] % SUMMED_TOGETHER
+    if rest:
+        weights = F.pad(weights, (0, rest))
+    parts = weights.view(len(weights), -1, SUMMED_TOGETHER)  # (B, n, SUMMED_TOGETHER)
+    ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, n) F at the end of each part
+
+    target = uniforms[:, None] * ends[:, -1:]  # (B, 1)
+    part = first_above(ends, target)
+    starts = F.pad(ends, (1, 0))  # F in front of each part
+    left = target - starts.gather(1, part)
+    rows = torch.arange(len(parts), device=parts.device)
+    own = parts[rows, part[:, 0]]  # (B, SUMMED_TOGETHER)
+    inside = first_above(own.cumsum(-1, dtype=torch.float64), left)
+    tokens = part * SUMMED_TOGETHER + inside  # (B, 1)
+    logps = probabilities.gather(1, tokens).log()
+    return tokens[:, 0], logps[:, 0]

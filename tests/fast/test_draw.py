@@ -1,0 +1,30 @@
+"""Drawing by parts of the vocabulary draws what the plain running sum draws."""
+
+import pytest
+import torch
+
+import fast
+import sampler
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (0.9, 40)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("vocabulary", [6, 256, 49_152, 50_001])
+def test_the_same_tokens_with_the_same_probabilities(vocabulary, temperature, top_p, top_k):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(64, vocabulary, generator=generator)
+    logits[::2] /= 100  # as good as uniform
+    uniforms = torch.rand(64, generator=generator)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])
+    settings = (temperature, top_p, top_k)
+    tokens, logps = fast.sample_tokens(logits, uniforms, *settings)
+    plain_tokens, plain_logps = sampler.sample_tokens(logits, uniforms, *settings)
+    assert torch.equal(tokens, plain_tokens)
+    torch.testing.assert_close(logps, plain_logps)
+
+
+def test_no_uniform_number_draws_a_token_of_probability_zero():
+    logits = torch.full((3, 1000), float("-inf"))
+    logits[:, 400:500] = torch.randn(100)
+    tokens, _ = fast.sample_tokens(logits, torch.tensor([0.0, 1 - 2**-24, 0.5]), 1.0)
+    assert ((tokens >= 400) & (tokens < 500)).all()
