@@ -24,8 +24,14 @@ def sample_tokens(
         logits = logits.to(torch.float32, copy=True).div_(temperature)
     probabilities = logits.softmax(-1, dtype=torch.float32)  # (B, V)
     weights = probabilities
-    if top_p < 1.0 or top_k > 0:
-        dropped = truncate(logits.float(), top_p, top_k) == float("-inf")
+    if top_k > 0:
+        # The largest alone are sorted, not the whole vocabulary.
+        ordered, order = logits.float().topk(min(top_k, logits.shape[1]))
+        left = truncate(ordered, top_p, 0) > float("-inf")
+        kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, left)
+        weights = weights * kept
+    elif top_p < 1.0:
+        dropped = truncate(logits.float(), top_p, 0) == float("-inf")
         weights = weights.masked_fill(dropped, 0.0)
     rest = -weights.shape[1] % SUMMED_TOGETHER
     if rest:

@@ -9,7 +9,9 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     plugins.py      rewards in files of your own
     answers.py      what counts as an equal answer
     judge.py        a process that compares answers, and that no answer can hang
-    engine.py       vLLM in a process of its own
+    placement.py    what vLLM's flags mean: its device, its settings
+    engine.py       vLLM in a process of its own, which all ranks call
+    fingerprint.py  whether two have the same weights
     watch.py        ranks meet, and notice when one is lost
     log.py          metrics, completions, progress
     checkpoints.py  save, prune, resume

@@ -272,7 +272,8 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
         except (OSError, ValueError):  # there is none
             tokenizer = None
         if tokenizer and tokenizer.chat_template:  # or transformers made up one, without
-            table, _ = data.encode(table, tokenizer, args.max_length, args.dataset_num_proc)
+            mapping = readers.map_in_processes(args.dataset_num_proc)
+            table, _ = data.encode(table, tokenizer, args.max_length, mapping)
             prompts = [row["prompt_ids"] for row in table]
             longest = at_least = max(map(len, prompts))
             if not getattr(config, "sliding_window", None):

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 sys.path.insert(0, str(ROOT))
+import rewards  # noqa: E402
 
 # architecture → (config class, model class, what is special about it)
 ARCHITECTURES = {
@@ -80,6 +81,15 @@ def tiny_model(architecture: str = "llama", vocab_size: int = 97, dtype=torch.fl
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model
+
+
+@pytest.fixture(autouse=True)
+def own_rewards():
+    """What a run in a test's process registers is forgotten at the test's end."""
+    before = dict(rewards.orms)
+    yield
+    rewards.orms.clear()
+    rewards.orms.update(before)
 
 
 @pytest.fixture(scope="session")
