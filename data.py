@@ -9,15 +9,17 @@ and keeps its own            "solution": "27 and 16 make 43. #### 43", "question
 
 The question is the first of the columns `QUESTIONS` that has something in it: text, or a list of
 turns. The prompt is its turns up to the user's last one. The reference, which rewards compare with,
-is `solution`, else `answer`, else what the assistant says after the prompt. It stays as written: to
-find the 43 in it is the rewards' work.
+is `solution`, else `answer` as text, else what the assistant says after the prompt. It stays as
+written: to find the 43 in it is the rewards' work. So do all columns, but NaN, which is None.
 
 To train on a task of your own, write a jsonl file, or a function like `arithmetic` and name it in
 `BUILTINS`. run/readers.py reads other formats and the hub.
 """
 
+import decimal
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -45,6 +47,10 @@ class Options:
     val_dataset: Annotated[list[str], "the same, to evaluate on"] = ()
     split_dataset_ratio: Annotated[float, "else a share to evaluate on", "0 to 1"] = 0.01
     system: Annotated[str | None, "system prompt, or the text file that holds it"] = None
+    chat_template_kwargs: Annotated[str | None, "JSON, such as '{\"enable_thinking\": false}'"] = (
+        None
+    )
+    response_prefix: Annotated[str, "text that every completion begins with"] = ""
     max_length: Annotated[int | None, "tokens of a prompt; longer ones are dropped", "from 1"] = (
         None
     )
@@ -89,13 +95,18 @@ BUILTINS = {
 
 
 def read_plain(source: str, flag: str, num_proc: int | None) -> list[dict]:
-    """The rows of a built-in task or of a jsonl file: the least that a reader does.
+    """The rows of a built-in task or of a file: the least that a reader does.
 
     `load_rows` takes any function from these three to a table: rows by index, and their number.
     """
     if source in BUILTINS:
         return BUILTINS[source]()
-    if not source.endswith(".jsonl"):
+    kind = source.rpartition(".")[2]
+    if kind in ("json", "csv", "parquet"):
+        import datasets
+
+        return datasets.load_dataset(kind, data_files=source, split="train")
+    if kind != "jsonl":
         known = ", ".join(BUILTINS)
         raise ValueError(f"no such dataset; {known} or a .jsonl file works")
     text = Path(source).read_text(encoding="utf-8-sig")  # sig: a mark that some editors put first
@@ -128,7 +139,7 @@ def load_rows(
         try:
             source, numbered = _draw(name, flag, seed, num_proc, read)
             opening = system
-            if source in BUILTINS and system is None:
+            if source in BUILTINS and system is None:  # "" is none at all
                 opening = GUIDE_PROMPT.read_text(encoding="utf-8").strip()
             rows += _normalise(numbered, opening)
         except (OSError, ValueError, RecursionError) as error:  # the last: JSON nested too deep
@@ -165,6 +176,7 @@ def _columns(rows):
 
 def _normalise(numbered, system):
     """The rows of one dataset with their `prompt` and `solution`."""
+    numbered = {number: _without_nan(row) for number, row in numbered.items()}
     rows = numbered.values()
     columns = _columns(rows)
     # A column with nothing in it gives way to the next, as an optional `messages` does.
@@ -213,39 +225,59 @@ def _conversation(value, column):
     return prompt, last["content"] if last["role"] == "assistant" else None
 
 
+def _without_nan(row):
+    """NaN is how tables of numbers write that there is nothing."""
+    return {name: None if value != value else value for name, value in row.items()}
+
+
 def _reference(row):
-    for value in (row.get("solution"), row.get("answer")):
-        if isinstance(value, list | dict):
-            return value  # for rewards of one's own; accuracy cannot read it
-        if value is not None and str(value).strip():
-            return str(value)  # 42 in JSON is "42"
+    for column in ("solution", "answer"):
+        value = row.get(column)
+        if value is None or not str(value).strip():
+            continue
+        # Lists are for rewards of one's own; accuracy cannot read them.
+        as_it_is = column == "solution" or isinstance(value, list | dict)
+        return value if as_it_is else text_of(value)
     return None
+
+
+def text_of(value) -> str:
+    """What a person would write: of 1e-05 and 1e+16, which Python does, 0.00001 and 10000000000000000."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(decimal.Decimal(repr(value)), "f")
+    return str(value)
 
 
 # From prompts to tokens -------------------------------------------------------------------------
 
 
-def encode(rows, tokenizer, max_length=None, map=map) -> tuple[list[dict], int]:
+def encode(
+    rows, tokenizer, max_length=None, map=map, prefix="", template=None
+) -> tuple[list[dict], int]:
     """The rows of at most `max_length` tokens with their `prompt_ids`, and how many were longer.
 
-    The ids are the chat template's, up to where the assistant begins. map: Python's, or one that
-    several processes share. UsageError for a template that is missing or refuses a prompt, or if no
-    row is left.
+    The ids are the chat template's, which gets `template` as arguments, up to where the assistant
+    begins, and those of `prefix`, the text that every completion begins with. map: Python's, or one
+    that several processes share. UsageError for a template that is missing or refuses a prompt, or
+    if no row is left.
     """
     model = f"--model {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
         works = "an instruct model, or a chat_template.jinja, works"
         raise UsageError(f"{model}: no chat template; {works}")
 
+    settings = {"add_generation_prompt": True, "return_dict": False, **(template or {})}
+    prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
+
     def tokenize(row):
         try:  # not text first and ids then: that would put a second <s> before the template's own
-            ids = tokenizer.apply_chat_template(
-                row["prompt"], add_generation_prompt=True, return_dict=False
-            )
+            ids = tokenizer.apply_chat_template(row["prompt"], **settings)
         except Exception as error:  # what a template may raise: "System role not supported"
             problem = f"its chat template refuses a prompt: {one_line(error)}"
+            if row["prompt"][0]["role"] == "system":
+                problem += "; --system '', without a system turn, may work"
             raise UsageError(f"{model}: {problem}") from error
-        return {"prompt_ids": ids}
+        return {"prompt_ids": ids + prefix_ids}
 
     kept, lengths = [], []
     for row, new in zip(rows, map(tokenize, rows)):
@@ -257,6 +289,24 @@ def encode(rows, tokenizer, max_length=None, map=map) -> tuple[list[dict], int]:
         works = f"{min(lengths)} keeps the shortest"
         raise UsageError(f"--max_length {max_length}: every prompt is longer; {works}")
     return kept, len(rows) - len(kept)
+
+
+def opening(tokenizer, template=None) -> str:
+    """What the chat template opens behind the assistant's header, such as the "<think>" of R1's
+    distills: it is in the prompt, and part of the answer.
+
+    The header is what stands in front of what the assistant has said earlier.
+    """
+    mark = "what the assistant says"
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": mark}
+    settings = {"tokenize": False, **(template or {})}
+    asked = tokenizer.apply_chat_template([user], add_generation_prompt=True, **settings)
+    said = tokenizer.apply_chat_template([user, assistant, user], **settings)
+    header = said.partition(mark)[0]
+    if asked.startswith(header):
+        return asked.removeprefix(header)
+    tag = re.search(r"<\w+>\s*(</\w+>\s*)?$", asked)  # the header of the last turn is another one
+    return tag[0] if tag else ""
 
 
 # From prompts to batches ------------------------------------------------------------------------

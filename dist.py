@@ -91,6 +91,12 @@ class World:
     def place(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()}"
 
+    def part_of(self, count: int) -> range:
+        """Which of so many things in a row are this rank's: equal parts, where that can be."""
+        first = count * self.rank // self.size
+        last = count * (self.rank + 1) // self.size
+        return range(first, last)
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Each name's values summed over the ranks; a rank that lacks a name adds nothing to it.
 

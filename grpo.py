@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
+MAX_LOG_RATIO = 10.0  # that k3 takes; see there
 Rows = Sequence[Sequence[int]]  # ragged token ids
 
 
@@ -87,8 +88,13 @@ def has_gradient(advantages: Tensor, options: Options) -> Tensor:
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Estimate of KL(policy ‖ reference) for each token, any shape: unbiased, never negative
-    (equation 4; Schulman, "Approximating KL divergence", 2020)."""
-    difference = ref_logps - logps
+    (equation 4; Schulman, "Approximating KL divergence", 2020).
+
+    A token that the reference finds more than e^10 times as likely counts as one of e^10, without a
+    gradient: one absurd token would otherwise rule the step, or make it infinite. (verl bounds the
+    logarithm by 20 and the estimate by 10.) Metrics count such tokens as kl_bounded.
+    """
+    difference = (ref_logps - logps).clamp(max=MAX_LOG_RATIO)
     return torch.exp(difference) - difference - 1
 
 
@@ -158,6 +164,7 @@ def objective(
         kl = k3(logps, ref_logps)
         surrogate = surrogate - options.beta * kl
         metrics["kl"] = kl
+        metrics["kl_bounded"] = (ref_logps - logps > MAX_LOG_RATIO).float()
     return surrogate, metrics
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data import UsageError
+from data import UsageError, text_of
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,10 @@ class Accuracy(ORM):
     def score(self, completions, solution):
         # The judge hears only of what has a reference; the others stay None.
         known = [i for i, reference in enumerate(solution) if reference is not None]
-        # str(): a dataset may have numbers for references.
-        pairs = [(final_answer(completions[i]), final_answer(str(solution[i]))) for i in known]
+        pairs = []
+        for i in known:
+            reference = text_of(solution[i])  # which a dataset may have as a number
+            pairs.append((final_answer(completions[i]), final_answer(reference)))
         verdicts = self.judge(pairs)  # one a pair
         self.counts.update(verdicts)
         values = [None] * len(completions)
@@ -227,9 +229,15 @@ class RewardModel:
             missing = ", ".join(info["missing_keys"])
             raise UsageError(f"--reward_model {self.path}: its weights lack {missing}")
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        # The score is read at a row's last token that is no padding.
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        # The score is read at a row's last token that is no padding: of what it was trained with.
+        config = model.config.get_text_config()
+        if config.pad_token_id is not None:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        elif self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        config.pad_token_id = model.config.pad_token_id = self.tokenizer.pad_token_id
+        if self.tokenizer.pad_token is None:
+            self.batch_size = 1  # which needs no padding
         self.model = model.to(self.device).eval()
 
     def __call__(self, completions, *, prompts, **kwargs):
@@ -241,7 +249,8 @@ class RewardModel:
         chats = [[*prompt, *answer] for prompt, answer in zip(prompts, answers)]
         # The template writes the special tokens, so the tokenizer adds none below.
         texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
-        options = {"padding": True, "add_special_tokens": False, "return_tensors": "pt"}
+        options = {"add_special_tokens": False, "return_tensors": "pt"}
+        options["padding"] = self.batch_size > 1
         scores = []
         for i in range(0, len(texts), self.batch_size):
             inputs = self.tokenizer(texts[i : i + self.batch_size], **options)

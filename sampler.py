@@ -27,7 +27,7 @@ import datetime
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -391,7 +391,12 @@ def receive_weights(group: "WeightGroup", announced: list[tuple], load: Callable
 
     load: a function of an iterator over (name, tensor).
     """
-    load((name, group.receive(shape, dtype)) for name, shape, dtype in announced)
+
+    def arriving() -> Iterator[tuple[str, Tensor]]:
+        for name, shape, dtype in announced:
+            yield name, group.receive(shape, dtype)
+
+    load(arriving())
 
 
 class WeightGroup:

@@ -48,7 +48,7 @@ import dist
 import grpo
 import lora
 from rewards import Rewards, total
-from run import checkpoints, checks, log, placement, plan, session
+from run import checkpoints, checks, health, log, models, placement, plan, session
 from sampler import Completion, ModelSampler, Sampler, VLLMSampler
 
 try:
@@ -104,7 +104,11 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     progress = checkpoints.resume(args, world, optimizer)  # step 0, or where a checkpoint stands
     sampler = make_sampler(args, world, policy, inputs.tokenizer)
     inputs.rewards.start()
-    run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards)
+    for line in health.before_the_first_step(args, policy, len(inputs.train_rows), P, max_steps):
+        log.say(world, line)
+    silent = {*models.end_tokens(policy, inputs.tokenizer), inputs.tokenizer.pad_token_id}
+    run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards, inputs.opening, silent)
+    inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
     if args.eval_on_start and progress.step == 0:
         evaluate(run, inputs.val_rows, 0, journal)
@@ -138,7 +142,8 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         for _ in range(min(args.num_iterations, max_steps - progress.step)):
             training = time.perf_counter()
             # Dropout's random numbers, the same when a run is resumed.
-            torch.manual_seed(seed_of(args.seed, DROPOUT + progress.step, world.rank))
+            stream = DROPOUT + progress.step
+            torch.manual_seed(seed_of(args.seed, stream, world.rank))
             sums = {"loss": 0.0, "clip_ratio": 0.0}  # what a step without any gradient tells
             for micro in micro_batches:
                 # All (B, T); the mask is 1 on completion tokens and 0 on padding.
@@ -179,9 +184,10 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             metrics = log.later_in_the_batch(metrics)
             started = time.perf_counter()
 
-        if reached(args.eval_steps, progress.step, args.num_iterations):
-            evaluate(run, inputs.val_rows, progress.step, journal)
         at_end = progress.step == max_steps
+        at_last = at_end and flags.evaluates(args)
+        if at_last or reached(args.eval_steps, progress.step, args.num_iterations):
+            evaluate(run, inputs.val_rows, progress.step, journal)
         if at_end or reached(args.save_steps, progress.step, args.num_iterations):
             progress.completions_per_step = N
             checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress)
@@ -200,6 +206,17 @@ class Run:
     sampler: Sampler
     tokenizer: object
     rewards: Rewards
+    opening: str = ""  # what the prompts have opened of every answer, such as "<think>"
+    silent: set[int] = frozenset()  # tokens that end or pad
+
+    def texts(self, completions: list[Completion]) -> list[str]:
+        """Completions as the model's answers: with what their prompts have opened of them, and with
+        special tokens, which may be tags, but those that end them."""
+        said = []
+        for done in completions:
+            said.append([token for token in done.ids if token not in self.silent])
+        decoded = self.tokenizer.batch_decode(said, skip_special_tokens=False)
+        return [self.opening + text for text in decoded]
 
 
 @dataclass
@@ -221,7 +238,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(map(len, self.prompt_ids)) + sum(map(len, self.completion_ids))
+        prompts = sum(map(len, self.prompt_ids))
+        return prompts + sum(map(len, self.completion_ids))
 
     def select(self, rows: list[int]) -> "Batch":
         """Some of the completions, as a batch."""
@@ -244,12 +262,12 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     world, started = run.world, time.perf_counter()
     everyone = [row for row in rows for _ in range(num_generations)]
     N = len(everyone)
-    first, last = N * world.rank // world.size, N * (world.rank + 1) // world.size
-    own = everyone[first:last]
+    mine = world.part_of(N)
+    own = [everyone[i] for i in mine]
 
     # Sample. A completion's random numbers are its own, whatever rank draws it.
     prompt_ids = [row["prompt_ids"] for row in own]
-    seeds = [seed_of(run.args.seed, stream, i) for i in range(first, last)]
+    seeds = [seed_of(run.args.seed, stream, i) for i in mine]
     completions = run.sampler.generate(prompt_ids, seeds)
     sampled = time.perf_counter()
 
@@ -277,11 +295,11 @@ def score(run: Run, rows: list[dict], completions: list[Completion], step: int) 
     if not completions:
         return []
     ids = [completion.ids for completion in completions]
-    texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     columns["prompts"] = columns.pop("prompt")
+    columns["is_truncated"] = [not completion.finished for completion in completions]
     del columns["prompt_ids"]
-    return run.rewards(texts, completion_ids=ids, step=step, **columns)
+    return run.rewards(run.texts(completions), completion_ids=ids, step=step, **columns)
 
 
 def share_out(run: Run, batch: Batch) -> tuple[list[Batch], int]:
@@ -387,11 +405,14 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
     """A model, and in words which of its parts are the quick ones."""
     # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
     dtype = getattr(torch, args.torch_dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    load = AutoModelForCausalLM.from_pretrained
+    model, info = load(args.model, dtype=dtype, output_loading_info=True)
+    models.refuse_missing(args, info)
     checks.agree_on_weights(world, model)
     if args.train_type == "lora":
         rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
         lora.inject(model, rank, alpha, dropout, args.target_modules)
+        models.tell_frozen(world, model)
     if args.deepspeed == "zero3" and world.size > 1:
         names = model._no_split_modules or []  # of the layers' classes
         layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -417,7 +438,7 @@ def make_optimizer(args: argparse.Namespace, policy, waiting) -> dist.ZeroAdamW:
 
 def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer) -> Sampler:
     settings = {
-        "eos_token_ids": checks.end_tokens(policy, tokenizer),
+        "eos_token_ids": models.end_tokens(policy, tokenizer),
         "max_new_tokens": args.max_completion_length,
         "temperature": args.temperature,
         "top_p": args.top_p,

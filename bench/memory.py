@@ -72,10 +72,10 @@ def small_model(folder: str) -> None:
 
 def planned(row: str, folder: str) -> dict[str, float]:
     import dist
-    from run import checks, flags, plan
+    from run import flags, models, plan
 
     args = flags.parse_args([*flags_of(row, folder), "--dry_run", "true"])
-    _, found = plan.make(args, checks.model_config(args), dist.find_world())
+    _, found = plan.make(args, models.model_config(args), dist.find_world())
     return plan.sums(found)
 
 

@@ -5,9 +5,14 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     flags.py        every option of a run: declared where it acts, read here, from a file or typed
     session.py      ranks meet, and any end is told in one last line
     checks.py       what can be wrong is found before a model is loaded; ranks agree
+    models.py       what a model's configuration tells: whether it can be trained here
+    scorer.py       the same of a reward model
+    health.py       a run that cannot learn says so
     readers.py      jsonl, json, csv, parquet, the hub
     plugins.py      rewards in files of your own
     answers.py      what counts as an equal answer
+    notation.py     many ways of writing an answer become one
+    quantities.py   numbers with units, read exactly
     judge.py        a process that compares answers, and that no answer can hang
     placement.py    what vLLM's flags mean: its device, its settings
     engine.py       vLLM in a process of its own, which all ranks call

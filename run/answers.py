@@ -1,119 +1,396 @@
-r"""Answers: what counts as equal, where math_verify alone is not sure or not quick.
+r"""Answers: what counts as equal. math_verify compares formulas; what it misreads is read here.
 
-    "<b>**18.00**</b>" ── without_emphasis ── quick_verdict ── certain: equal texts, two decimals
-                                                  └─ None ──── verdict: math_verify, no time limit
+    "<b>**18.00**</b>" ── cleaned ──> quick_verdict ── certain: words, letters, numbers, bases
+                                          └─ None ──> verdict ── intervals and points, part by part
+                                                         └─────> math_verify, no time limit
 
-It reads what models write around an answer (`**18**`, `\boxed{18}`, `$18$`), and a bare formula as a
-whole. run/judge.py is what calls it; rewards.verify is the plain version. Both agree on ordinary
-answers.
+| counts as equal                                  | does not                                     |
+|--------------------------------------------------|----------------------------------------------|
+| `\$18.90`, `18.90 dollars`, `18.9`               | `18.90 cents` and `\$18.90`                  |
+| `32,\!348`, `32{,}348`, `32 348`, `32348`        | `32 34`, which are two guesses               |
+| `5 km/h`, `5 km per hour`, `5`                   | `5 km` and `5 m`: nothing is converted       |
+| `2 1/2`, `2\frac12`, `2½`, `5/2`, `2.5`          | `2 5/2`, which is no mixed number            |
+| `1e3`, `10^3`, `1 \times 10^3`, `1 thousand`     | `1 thousand` and `1`                         |
+| `0.333333` and `1/3`: six decimals               | `0.33` and `1/3`; `1.0000001` and `1`        |
+| below 1/10,000: six digits                       | `1/2^{98}` and `1/2^{99}`                    |
+| `50\%`, `0.5`; `50\%`, `50`: the sign is optional | `50\%`, `5`                                  |
+| `sqrt(2)`, `√2`, `\sqrt2`; `exp(x)`, `e^x`       | `sqrt(2)` and `1.414`                        |
+| `Even`, `\text{even}`, `an even`                 | `odd`                                        |
+| `B`, `(B)`, `B. 25 m`, `\textbf{(B)}\ 25`        | `A or B`; `B. 25 m` and `B. 30 m`            |
+| `x<3`, `3>x`, `(-\infty,3)`, `x \in (-\infty,3)` | `x \le 3`; `y<3` and `x<3`                   |
+| `[1,2)\cup(3,4]` in either order                 | `(1,2)`, `[1,2]`, `\{1,2\}` and one another  |
+| `1, 2`, `2, 1`, `\{1,2\}`; `1, 2` and `(1,2)`    | `(1,2)` and `(2,1)`; `1, 2` and `2`          |
+| `2516_8`, `2516_{8}`; `2516` if `2516_8` is asked | `2516_9`; `1358`, if `2516_8` is asked       |
+| `x=5`, `5`; `y=2x`, `2x`                         | `x=5` and `y=5`; `5t` and `5`                |
 
-To let another way of writing count, add it to `unwrap` or `decimal`.
+How an answer may be spelt is in run/notation.py, who calls this in run/judge.py. rewards.verify is
+the plain version; both agree on ordinary answers.
 """
 
 import functools
 import re
+from contextlib import suppress
 
 from rewards import RIGHT, UNREADABLE, WRONG
-
-# An optional sign and currency, digits with or without thousands separators, a fraction.
-NUMBER = re.compile(
-    r"([+-]?)(?:\\?\$)?"
-    r"((?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)"
+from run.notation import (
+    LONGEST,
+    NAMES,
+    WORD,
+    announced,
+    boxed,
+    dollared,
+    formula,
+    is_bare_formula,
+    plain,
 )
-# Numbers in a row, as in `17 18`, `17=18` and `1 2 … 18`: guesses, not an answer.
+from run.quantities import decimal, decimals, number, same_number
+
+# Letters, bases, words -------------------------------------------------------------------------
+
+LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice |[Aa]nswer )?(?:\(([A-J])\)|([A-J]))[.:)]?")
+LETTER_AND_TEXT = re.compile(
+    r"(?:\(([A-J])\)[.:]?|([A-J])(?:[.:]|\)[.:]?)) ?(?=[A-Za-z0-9$-]|\\(?:frac|sqrt|pi|infty))(.+)"
+)
+ANOTHER_LETTER = re.compile(
+    r"\([A-J]\)|(?:\b(?:and|or)\b|[,/&]) ?\(?[A-J]\b|\b[A-J][.:)]|^\(?[A-J]\)?$"
+)
+BASED = re.compile(
+    r"\(?([0-9A-Z]+(?:\.[0-9A-Z]+)?)\)? ?(?:_ ?\{? ?([0-9]{1,2}) ?\}?|base ([0-9]{1,2}))"
+)
+LEFT_SIDE = re.compile(r"([A-Za-z](?:_\{?\w\}?)?) ?= ?([^=<>]+)")
+# Guesses, not an answer: numbers in a row as in `17 18`, `17=18` and `1 2 … 18`.
 SEVERAL = re.compile(
     r"[+-]?\$?[0-9][0-9,.]*(?<!,)"
     r"(?:[\s=…][\s=….]*[+-]?\$?[0-9][0-9,.]*(?<!,))+"
 )
-# Emphasis, code and quotes, as in **18**; not the _ of a_{1}, nor the * of 2 * 3 * 4.
-MARKED = re.compile(
-    r"(?<![\w)}\]*_`])(\*{1,3}|_{1,3}|`{1,3}|[\"'])(?!\s)"
-    r"((?:(?!\1).){1,200})"
-    r"(?<!\s)\1(?![\w({\[])"
+# math_verify would read a number in `5 hours 30 minutes`, and the 5 of `5t` and `5 squared`.
+COMPOUND = re.compile(r"-?[0-9][0-9.,]* ?[A-Za-z]+(?:,? (?:and )?[0-9][0-9.,]* ?[A-Za-z]+)+")
+ALTERED = re.compile(
+    r"-?[0-9][0-9.,]*(?:(?![gmshloLVWJNKCF])[A-Za-z]| (?:squared|cubed|factorial|halves|thirds|"
+    r"fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)\b.*)"
 )
-PLAIN = str.maketrans("−“”", '-""')
-WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]*)\}\$?|\$([^$]*)\$|\\\(([^$]*?)\\\)")
-# What looks like a word and is mathematics.
-COMMAND = re.compile(
-    r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:and|or)\b"
-)
-# "so" is a word, "kg" and "2xy" are not.
-WORD = re.compile(r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)")
+SHOUTED = {"YES", "NO", "TRUE", "ODD", "EVEN", "NONE"}
 
 
-def without_emphasis(text: str) -> str:
-    """`**18**`, "18" in quotes and `18` in backticks are 18; a typographic minus is a minus."""
-    return MARKED.sub(r"\2", text.translate(PLAIN)).strip()
+def choice(text: str) -> tuple[str, str] | None:
+    """The letter of `(B)` and `B. 25 m`, and the text behind it; None of `A or B`."""
+    if match := LETTER.fullmatch(text):
+        return match[1] or match[2], ""
+    match = LETTER_AND_TEXT.fullmatch(text)
+    if not match or ANOTHER_LETTER.search(match[3]):
+        return None
+    return match[1] or match[2], match[3]
+
+
+def based(text: str) -> tuple[str, int] | None:
+    """The digits and the base of `2516_8`; None of `x_1`, and of a name such as A_1."""
+    match = BASED.fullmatch(text)
+    if not match:
+        return None
+    digits, base = match[1].lstrip("0") or "0", int(match[2] or match[3])
+    if not 2 <= base <= 36 or not (match[1][0].isdigit() or (base > 10 and len(digits) > 1)):
+        return None
+    return digits, base
+
+
+def word(text: str) -> str | None:
+    """A word or a few of them, `Even` and `an even` as `even`; None if it may be mathematics."""
+    text = re.sub(r"^(?:[Tt]he|[Aa]n?) (?=.)", "", text)
+    if not re.fullmatch(r"[^\W\d_]+(?:[ '-][^\W\d_]+){0,5}", text):
+        return None
+    words = re.split("[ '-]", text)
+    if text.isascii() and not WORD.search(text) or not NAMES.isdisjoint(words):
+        return None
+    for each in words:
+        shouted = each.isupper() and (len(each) > 4 or each in SHOUTED)
+        if not (each.islower() or each.istitle() or shouted):  # AB and ab differ
+            return None
+    return text.casefold()
+
+
+# Verdicts --------------------------------------------------------------------------------------
 
 
 def quick_verdict(answer: str, reference: str) -> str | None:
     """A verdict without math_verify where one is certain, else None. Linear time."""
-    answer, reference = unwrap(answer), unwrap(reference)
+    a, b = decimal(answer), decimal(reference)
+    if a is None or b is None:
+        return read_verdict(typed(answer), typed(reference))
+    if a == b:
+        return RIGHT
+    # Longer ones may still be equal.
+    short = max(len(number.partition(".")[2]) for number in (a, b)) <= 6
+    return WRONG if short or len(a + b) > 100 else read_verdict(a, b)
+
+
+def read_verdict(answer: str, reference: str) -> str | None:
+    """The same, of plain texts."""
     if not reference:
         return UNREADABLE
     if answer == reference:
         return RIGHT
-    a, b = decimal(answer), decimal(reference)
-    if a is None:
-        # math_verify would take the last of several.
+    if max(len(answer), len(reference)) > LONGEST:
         return WRONG if SEVERAL.fullmatch(answer) else None
-    if a == b:
-        return RIGHT
-    if b is None:
+    for verdict in (letter_verdict, base_verdict, number_verdict, word_verdict):
+        said = verdict(answer, reference)
+        if said is not None:
+            return said
+    return None
+
+
+def letter_verdict(answer, reference):
+    a, b = choice(answer), choice(reference)
+    if not b:
         return None
-    # math_verify rounds to six decimals: longer ones may still be equal.
-    decimals = max(len(number.partition(".")[2]) for number in (a, b))
-    return WRONG if decimals <= 6 else None
+    letter, text = b
+    if not a:  # the text of the option alone
+        return read_verdict(answer, text) if text else None
+    same_text = not (text and a[1]) or read_verdict(a[1], text) == RIGHT
+    return mark(letter == a[0] and same_text)
 
 
-def unwrap(answer: str) -> str:
-    r"""`\boxed{18}`, `$18$`, `\text{18}` and `18.` are `18`."""
-    answer = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.strip().removesuffix("."))
-    match = WRAPPED.fullmatch(answer)
-    return match[match.lastindex].strip() if match else answer
-
-
-def decimal(answer: str) -> str | None:
-    """A plain number in one form, `-$1,234.50` and `-1 234.5` as `-1234.5`; None if it is none."""
-    match = NUMBER.fullmatch(answer)
-    if not match or not match[2]:
+def base_verdict(answer, reference):
+    a, b = based(answer), based(reference)
+    if a and b:
+        return mark(a == b)
+    if b and re.fullmatch("[0-9A-Z]+", answer):  # the question names the base
+        return mark(answer.lstrip("0") == b[0])
+    wanted = number(reference)
+    if not a or not wanted:
         return None
-    whole, _, fraction = re.sub("[, ]", "", match[2]).partition(".")
-    whole = whole.lstrip("0") or "0"
-    number = f"{whole}.{fraction.rstrip('0')}".removesuffix(".")
-    if match[1] == "-" and number != "0":
-        return f"-{number}"
-    return number
+    digits, base = a
+    if "." in digits or any(int(digit, 36) >= base for digit in digits):
+        return WRONG
+    return mark(int(digits, base) == wanted.value)
+
+
+def number_verdict(answer, reference):
+    names, sides = [], []
+    for text in (answer, reference):
+        match = LEFT_SIDE.fullmatch(text)
+        names.append(match and match[1])
+        sides.append(match[2] if match else text)
+    if None not in names and names[0] != names[1]:
+        return None
+    a, b = map(number, sides)
+    if a and b:
+        return mark(same_number(a, b))
+    if SEVERAL.fullmatch(answer):
+        return WRONG
+    if b and (COMPOUND.fullmatch(answer) or ALTERED.fullmatch(answer)):
+        return WRONG
+    return WRONG if a and ALTERED.fullmatch(reference) else None
+
+
+def word_verdict(answer, reference):
+    a, b = word(answer), word(reference)
+    if not a or not b:
+        return None
+    if a != b and sorted(a) == sorted(b):  # xyz and zyx are equal as formulas
+        return None
+    return mark(a == b)
+
+
+def mark(right: bool) -> str:
+    return RIGHT if right else WRONG
+
+
+@functools.lru_cache(maxsize=512)  # the completions of a group share their reference
+def stated(text: str) -> tuple[str, bool]:
+    """The part of a cleaned text that states its answer, and whether that is mathematics for sure."""
+    text = text.strip()
+    content = boxed(text)
+    if content is None:
+        said = announced(text)
+        if said is not None and is_one_answer(said):
+            return said, False
+        content = dollared(text)
+    if content is None:
+        return text.removesuffix("."), False
+    return content, True
+
+
+def is_one_answer(text: str) -> bool:
+    shown = plain(text)
+    readers = (number, choice, based)
+    if any(read(shown) for read in readers) or re.fullmatch("[A-Za-z]{2,20}", shown):
+        return True
+    return bool(re.search(r"\w", text)) and is_bare_formula(formula(text))
+
+
+@functools.lru_cache(maxsize=512)
+def typed(text: str) -> str:
+    content, _ = stated(text)
+    return plain(content) if len(content) <= LONGEST else content
 
 
 def verdict(answer: str, reference: str) -> str:
-    """math_verify's verdict, without a time limit: it may never return."""
+    """The verdict where none is quick, without a time limit: math_verify may never return."""
+    said = parts_verdict(stated(answer)[0], stated(reference)[0])
+    return said or formula_verdict(answer, reference)
+
+
+# Intervals and points, part by part ------------------------------------------------------------
+
+RELATION = re.compile(r"\s*(\\[lg](?:eq?|eqslant|t)(?![A-Za-z])|[<>])\s*")
+VARIABLE = re.compile(r"(?:[A-Za-z]|\\(?:theta|alpha|beta|lambda|mu|phi))(?:_\{?\w\}?)?")
+MEMBER = re.compile(r"([A-Za-z])\s*\\in(?![a-z])\s*")
+UNION = re.compile(r"\\cup(?![a-z])|\\text\s*\{\s*or\s*\}|(?<![A-Za-z])or(?![A-Za-z])")
+BRACKET = re.compile(r"\\[{}]|[()\[\]{},]")
+REALS = re.compile(
+    r"\\mathbb\s*\{?\s*R\s*\}?|(?:all|the) real(?: number)?s|\\text\{all real numbers\}"
+)
+EVERYTHING = ("(", [r"-\infty", r"\infty"], ")")
+
+
+def parts_verdict(answer: str, reference: str) -> str | None:
+    """Of intervals, inequalities, their unions, and points; None of anything else."""
+    if max(len(answer), len(reference)) > LONGEST:
+        return None
+    a, b = pieces(answer), pieces(reference)
+    if a is None or b is None:
+        return None
+    (ours, names), (theirs, wanted) = a, b
+    if names and wanted and names != wanted:
+        return WRONG
+    forms = [{(p[0], p[2], len(p[1])) for p in side} for side in (ours, theirs)]
+    if len(ours) != len(theirs) or all(form[0][0] == r"\{" for form in map(list, forms)):
+        return None  # math_verify knows sets
+    if any(length > 2 for form in forms for *_, length in form) and forms[0] != forms[1]:
+        return None
+    left = list(ours)
+    for wanted_piece in theirs:
+        match = next((piece for piece in left if same_piece(piece, wanted_piece)), None)
+        if match is None:
+            return WRONG
+        left.remove(match)
+    return RIGHT
+
+
+def pieces(text: str):
+    """Brackets as (opening, parts, closing), and the variables that the text names, if it does."""
+    text = formula(text)
+    names = set()
+    if match := MEMBER.match(text):
+        names.add(match[1])
+        text = text[match.end() :]
+    if REALS.fullmatch(text.strip()):
+        return [EVERYTHING], names
+    found = []
+    for part in UNION.split(text):
+        piece = bracketed(part.strip()) or inequality(part.strip(), names)
+        if piece is None:
+            return None
+        found.append(piece)
+    return (found, names) if len(found) <= 10 and len(names) < 2 else None
+
+
+def bracketed(text: str):
+    """`(1, 2]` as "(", ["1", "2"], "]"."""
+    opening = re.match(r"\\\{|[(\[]", text)
+    if not opening:
+        return None
+    parts, depth, start = [], 0, opening.end()
+    for match in BRACKET.finditer(text):
+        if match[0] == ",":
+            if depth == 1:
+                parts.append(text[start : match.start()].strip())
+                start = match.end()
+            continue
+        depth += 1 if match[0] in ("(", "[", "{", r"\{") else -1
+        if depth == 0 and match.end() < len(text):
+            return None
+    if depth or len(parts) < 1 or match[0] not in (")", "]", r"\}"):
+        return None
+    parts.append(text[start : match.start()].strip())
+    return (opening[0], parts, match[0]) if all(parts) else None
+
+
+def inequality(text: str, names: set):
+    """`0 < x \\le 3` as (0, 3]; adds x to the names."""
+    split = RELATION.split(text)
+    sides, relations = split[::2], split[1::2]
+    upward = ["<" in relation or relation.startswith(r"\l") for relation in relations]
+    if len(sides) not in (2, 3) or len(set(upward)) != 1:
+        return None
+    if not upward[0]:  # 3 > x is x < 3
+        sides, relations = sides[::-1], relations[::-1]
+    closed = ["e" in relation for relation in relations]
+    if len(sides) == 2:
+        if bool(VARIABLE.fullmatch(sides[0])) == bool(VARIABLE.fullmatch(sides[1])):
+            return None
+        if VARIABLE.fullmatch(sides[0]):
+            sides, closed = [r"-\infty", *sides], [False, *closed]
+        else:
+            sides, closed = [*sides, r"\infty"], [*closed, False]
+    low, name, high = sides
+    if not VARIABLE.fullmatch(name) or not low or not high:
+        return None
+    names.add(name)
+    return "[" if closed[0] else "(", [low, high], "]" if closed[1] else ")"
+
+
+def same_piece(a, b) -> bool:
+    if (a[0], a[2], len(a[1])) != (b[0], b[2], len(b[1])):
+        return False
+    return all(same_part(x, y) for x, y in zip(a[1], b[1]))
+
+
+def same_part(a: str, b: str) -> bool:
+    a, b = a.removeprefix("+").strip(), b.removeprefix("+").strip()
+    said = read_verdict(plain(a), plain(b)) or parts_verdict(a, b)
+    return (said or formula_verdict(f"${a}$", f"${b}$")) == RIGHT
+
+
+# Formulas --------------------------------------------------------------------------------------
+
+
+def formula_verdict(answer: str, reference: str) -> str:
+    """math_verify's verdict."""
     from math_verify import verify
 
     gold = parse_answer(reference)
     if not gold:
-        return UNREADABLE
-    equal = verify(gold, parse_answer(answer), timeout_seconds=None)
-    return RIGHT if equal else WRONG
+        is_word = re.fullmatch(r"[^\W\d_]{2,}", word(typed(reference)) or "")
+        return WRONG if is_word else UNREADABLE
+    found = parse_answer(answer)
+    zeros = max((leading_zeros(each) for each in (*gold, *found)), default=0)
+    precision = {"float_rounding": decimals(zeros), "numeric_precision": 15 + int(zeros)}
+    return mark(verify(gold, found, **precision, timeout_seconds=None))
 
 
-@functools.lru_cache(maxsize=256)  # the completions of a group share their reference
+def leading_zeros(expression) -> float:
+    """Decimals before the first digit of the smallest number in it: 98.3 of (1/2)^327 + x."""
+    import mpmath
+
+    zeros, todo = 0.0, [expression]
+    while todo:
+        part = todo.pop()
+        if not getattr(part, "is_number", False):
+            todo += getattr(part, "args", ())
+            continue
+        if getattr(part, "is_Integer", False):
+            continue
+        with suppress(Exception):  # sympy raises many kinds, and infinity is no float
+            value = abs(mpmath.mpf(part.evalf(5)))
+            if 0 < value < 1e-4:
+                zeros = max(zeros, float(-mpmath.log10(value)))
+    return min(zeros, 20_000.0)
+
+
+@functools.lru_cache(maxsize=256)
 def parse_answer(text: str) -> list:
     r"""What math_verify reads in a text: sympy's expressions and the strings they come from."""
     from math_verify import parse
 
-    # math_verify would find only the 2 of a bare 2\sqrt{3}, and the 4 of (3, 4).
-    if is_bare_formula(text):
-        text = f"${text}$"
-    return parse(text, extraction_mode="first_match", parsing_timeout=None)
+    return parse(for_math_verify(text), extraction_mode="first_match", parsing_timeout=None)
 
 
-def is_bare_formula(text: str) -> bool:
-    """Whether this is mathematics without delimiters: more than a number, and no words."""
-    if len(text) > 500 or decimal(text) is not None:
-        return False
-    if re.search(r"\n|\$|\\[(\[]|\\boxed", text):
-        return False
-    if not re.search(r"[A-Za-z\\^_{}()\[\]=<>,;:]", text):
-        return False
-    return not WORD.search(COMMAND.sub(" ", text))
+def for_math_verify(text: str) -> str:
+    r"""A formula in dollars. Of a bare 2\sqrt{3} it would find the 2 alone, and of (3, 4) the 4."""
+    content, is_formula = stated(text)
+    if is_formula:
+        return f"\\boxed{{{formula(content)}}}"
+    if decimal(content) is None and is_bare_formula(formula(content)):
+        return f"${formula(content)}$"
+    return re.sub(r"\\\$\s*(?=[0-9.])", "", content)

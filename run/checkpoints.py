@@ -173,7 +173,17 @@ def save_model(args, model, state: dict[str, Tensor], folder: Path) -> None:
     if args.train_type == "lora":
         save_adapters(model, weights, folder, str(args.model), args.target_modules)
     else:
+        keep_valid(model.generation_config)
         model.save_pretrained(folder, state_dict=weights)
+
+
+def keep_valid(config) -> None:
+    """Models are published whose generation_config says temperature 0.6 and do_sample false, which
+    transformers reads and refuses to write. The settings are kept, and used when it samples."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def save_adapters(

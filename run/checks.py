@@ -13,16 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 import data
-import lora
 from data import UsageError
-from run import checkpoints, flags, placement, readers
+from run import checkpoints, flags, models, placement, readers
 from run.fingerprint import Fingerprint
-from run.flags import EMBEDDED_MODEL, first_line
 from run.judge import Judge
 from run.log import say
 from run.plugins import CheckedRewards, load_plugins
@@ -41,6 +35,7 @@ class Inputs:
     train_rows: list[dict]
     val_rows: list[dict]
     rewards: CheckedRewards
+    opening: str  # what the prompts have opened of every answer
 
 
 def prepare(args: argparse.Namespace, world) -> Inputs:
@@ -130,20 +125,26 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
     )
     atexit.register(rewards.close)
     train_rows, val_rows = read_rows(args, world)
-    config = model_config(args, has_checkpoint=world.is_main)
-    tokenizer = load_tokenizer(args.model)
+    config = models.model_config(args, has_checkpoint=world.is_main)
+    tokenizer = models.load_tokenizer(args.model)
     needed = 0
     for rows, flag in ((train_rows, "--dataset"), (val_rows, "--val_dataset")):
         if rows:
             check_columns(rows, flag, rewards, world)
             needed = max(needed, encode(args, world, rows, flag, tokenizer, config))
+            if rewards.reward_model:
+                prompts = [row["prompt"] for row in rows]
+                rewards.reward_model.check_prompts(prompts, args.max_completion_length)
     if args.use_vllm:
-        fit_vllm(args, needed, context_of(config))
-    if args.eval_steps and not args.val_dataset:  # only now: --max_length leaves neither side empty
+        fit_vllm(args, needed, models.context_of(config))
+    if (
+        flags.evaluates(args) and not args.val_dataset
+    ):  # only now: --max_length leaves no side empty
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
         say(world, note)
-    return Inputs(tokenizer, train_rows, val_rows, rewards)
+    opening = data.opening(tokenizer, models.template_of(args)) + args.response_prefix
+    return Inputs(tokenizer, train_rows, val_rows, rewards, opening)
 
 
 def read_rows(args: argparse.Namespace, world) -> tuple[list[dict], list[dict]]:
@@ -153,7 +154,7 @@ def read_rows(args: argparse.Namespace, world) -> tuple[list[dict], list[dict]]:
     train_rows = data.load_rows(args.dataset, **settings)
     if not args.val_dataset:
         return train_rows, []
-    if not (args.eval_steps or args.eval_on_start):
+    if not flags.evaluates(args):
         hint = "never evaluated on without --eval_steps or --eval_on_start true"
         say(world, f"--val_dataset: {hint}")
     return train_rows, data.load_rows(args.val_dataset, flag="--val_dataset", **settings)
@@ -186,19 +187,36 @@ def check_solutions(rows: list[dict]) -> int:
 def encode(args, world, rows: list[dict], flag: str, tokenizer, config) -> int:
     """Give the rows their prompt_ids, in place → tokens of the longest prompt and completion."""
     mapping = readers.map_in_processes(args.dataset_num_proc)
-    rows[:], dropped = data.encode(rows, tokenizer, args.max_length, mapping)
+    more = {"prefix": args.response_prefix, "template": models.template_of(args)}
+    rows[:], dropped = data.encode(rows, tokenizer, args.max_length, mapping, **more)
     if dropped:
         what = f"dropped {dropped} prompts of more than {args.max_length} tokens"
         say(world, f"{flag}: {what}, {len(rows)} are left")
     longest = max(len(row["prompt_ids"]) for row in rows)
-    needed, context = longest + args.max_completion_length, context_of(config)
+    needed, context = longest + args.max_completion_length, models.context_of(config)
     if needed > context:
+        works = [f"{context - longest}"] if context > longest else []
+        room = context - args.max_completion_length
+        if room >= min(len(row["prompt_ids"]) for row in rows):
+            works.append(f"--max_length {room}")
         raise UsageError(
             f"--max_completion_length {args.max_completion_length}: with a prompt of {longest} "
-            f"tokens that is more than the model's {context}; a shorter one, or "
-            f"--max_length {context - args.max_completion_length}, works"
+            f"tokens that is more than the model's {context}; "
+            f"{data.either(works or ['a model of a longer context'])} works"
         )
+    check_vocabulary(args, rows, tokenizer, config.get_text_config().vocab_size)
     return needed
+
+
+def check_vocabulary(args: argparse.Namespace, rows: list[dict], tokenizer, size: int) -> None:
+    """Whether the model has an embedding for each token of the prompts."""
+    largest = max(max(row["prompt_ids"], default=0) for row in rows)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UsageError(
+            f"--model {args.model}: its tokenizer has {token} as token {largest}, but the model "
+            f"embeds {size} tokens; a tokenizer that fits, or embeddings resized to it, works"
+        )
 
 
 def fit_vllm(args: argparse.Namespace, needed: int, context: int) -> None:
@@ -210,81 +228,3 @@ def fit_vllm(args: argparse.Namespace, needed: int, context: int) -> None:
             f"and --max_completion_length {args.max_completion_length}) to the model's {context} "
             "works"
         )
-
-
-# The model, without its weights -----------------------------------------------------------------
-
-
-def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
-    """The model's configuration. What LoRA adapts is looked for in a model without weights."""
-    folder = Path(args.model)
-    if folder == EMBEDDED_MODEL and not folder.exists():
-        raise UsageError(
-            f"--model {args.model}: the embedded model is not on disk yet; make model puts it there"
-        )
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--model {args.model}: not a model folder or hub id ({first_line(error)})"
-        ) from error
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else None
-    if weights == [] and not args.dry_run:
-        raise UsageError(
-            f"--model {args.model}: no weights in this folder; it needs model.safetensors"
-        )
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UsageError(
-            f"--model {args.model}: not a causal language model ({first_line(error)})"
-        ) from error
-    if args.train_type == "lora":
-        rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
-        lora.inject(model, rank, alpha, dropout, args.target_modules)
-    if args.resume_from_checkpoint and has_checkpoint:
-        check_checkpoint(args, model)
-    return config
-
-
-def context_of(config) -> int:
-    return config.get_text_config().max_position_embeddings
-
-
-def load_tokenizer(model: str):
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        message = f"--model {model}: no tokenizer there ({first_line(error)})"
-        raise UsageError(message) from error
-
-
-def end_tokens(policy, tokenizer) -> list[int]:
-    """Every token that ends a completion: the tokenizer's, and those of the model's two configs."""
-    ends = {tokenizer.eos_token_id}
-    for config in (policy.config, policy.generation_config):
-        ids = config.eos_token_id
-        ends.update(ids if isinstance(ids, list) else [ids])
-    return sorted(ends - {None})
-
-
-def check_checkpoint(args: argparse.Namespace, model) -> None:
-    """Whether the checkpoint to resume is of the parameters that this model trains."""
-    folder = checkpoints.checkpoint_to_resume(args)
-    try:
-        with safe_open(folder / "optimizer.safetensors", "pt") as file:
-            names = [name for name in file.keys() if name.startswith("master.")]  # noqa: SIM118
-            there = {n.removeprefix("master."): file.get_slice(n).get_shape() for n in names}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"--resume_from_checkpoint {folder}: not a whole checkpoint ({first_line(error)})"
-        ) from error
-    here = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            raise UsageError(
-                f"--resume_from_checkpoint {folder}: {name} is {there.get(name, 'absent')} there "
-                f"and {here.get(name, 'absent')} in this run; the --model, --train_type, "
-                "--lora_rank and --target_modules of then work"
-            )

@@ -30,6 +30,7 @@ import types
 import typing
 from pathlib import Path
 
+import data
 from data import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,6 +231,7 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             "--dry_run true works"
         )
     check_vllm(args)
+    check_split(args)
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
         raise UsageError(
             "--report_to wandb: wandb is not installed; pip install wandb, "
@@ -237,8 +239,24 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         )
     accumulation = args.gradient_accumulation_steps
     check_groups(args, world_size, "per_device_train_batch_size", "num_generations", accumulation)
-    if args.val_dataset or args.eval_steps:
+    if args.val_dataset or evaluates(args):
         check_groups(args, world_size, "per_device_eval_batch_size", "num_generations_eval", 1)
+
+
+def evaluates(args: argparse.Namespace) -> bool:
+    return bool(args.eval_steps or args.eval_on_start)
+
+
+def check_split(args: argparse.Namespace) -> None:
+    """A share to evaluate on that somebody has set, but that nothing would evaluate."""
+    ratio = args.split_dataset_ratio
+    if ratio == data.Options().split_dataset_ratio:
+        return
+    if args.val_dataset:
+        raise UsageError(f"--split_dataset_ratio {ratio}: --val_dataset has the rows; one works")
+    if not evaluates(args):
+        works = "--eval_steps N or --eval_on_start true works"
+        raise UsageError(f"--split_dataset_ratio {ratio}: nothing evaluates on that share; {works}")
 
 
 def check_vllm(args: argparse.Namespace) -> None:

@@ -2,12 +2,15 @@
 
     trainer                    judge (python -m run.judge)         workers (forks of it)
     Judge(pairs) ── a line ──> compare ─┬─ fork_worker ─────────── verdict, verdict, …
-                 <─ a line ──           └─ fork_worker ─────────── verdict, ← alarm: TIMEOUT
+                 <─ a line ──           └─ fork_worker ─────────── verdict, ← timer: TIMEOUT
 
 math_verify may never return on what a model writes, and only ending a process bounds that. So
 certain answers are settled here (run/answers.py), and the rest by workers, each of which may die
 over one answer. The judge imports neither torch nor transformers: a fork of it costs a few
 milliseconds and little memory.
+
+An answer's limit is processor time. What else runs on the machine then changes no verdict, only how
+long it takes. What sleeps uses none, so a second limit, of PATIENCE times as long, is real time.
 
 `Judge(timeout)` is a callable from (answer, reference) pairs to verdicts, like rewards.verify. To
 compare otherwise, write such a callable and hand it to `Rewards(judge=…)`.
@@ -30,11 +33,14 @@ from pathlib import Path
 
 from data import UsageError
 from rewards import CRASH, TIMEOUT
-from run.answers import quick_verdict, verdict, without_emphasis
+from run.answers import quick_verdict, verdict
+from run.notation import cleaned
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 20
+TIMERS = {signal.SIGPROF, signal.SIGALRM}  # of processor time, and of real time
 # Read by math_verify as a judge starts, so that forks find loaded and cached what it needs.
-WARM_ANSWERS = ("7", r"\frac{1}{2}", "x^2+2x+1", "(1, 2]", r"\boxed{\pi}", "the answer is $x = 5$.")
+WARM_ANSWERS = ("7", r"\frac{1}{2}", "x^2+2x+1", "(1, e]", r"\boxed{\pi}", "so $x = 5$ it is.")
 WARM_REFERENCES = ("0.5", "(x+1)^2", r"2\sqrt{3}")
 
 
@@ -42,7 +48,7 @@ WARM_REFERENCES = ("0.5", "(x+1)^2", r"2\sqrt{3}")
 
 
 class Judge:
-    """Verdicts on (answer, reference) pairs; timeout: seconds that comparing one of them may take.
+    """Verdicts on (answer, reference) pairs; timeout: processor seconds that one of them may take.
 
     RuntimeError if its process ends twice on one batch.
     """
@@ -53,7 +59,7 @@ class Judge:
         self.timeout, self.process = timeout, None
 
     def __call__(self, pairs: list[tuple[str, str]]) -> list[str]:
-        pairs = [(without_emphasis(a), without_emphasis(b)) for a, b in pairs]
+        pairs = [(cleaned(a), cleaned(b)) for a, b in pairs]
         verdicts = {pair: quick_verdict(*pair) for pair in pairs}  # equal pairs are compared once
         hard = [pair for pair, said in verdicts.items() if said is None]
         if hard:
@@ -114,7 +120,9 @@ def judge_main(timeout: float) -> None:
     for answer in WARM_ANSWERS:
         for reference in WARM_REFERENCES:
             verdict(answer, reference)
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = len(os.sched_getaffinity(0))
     for line in sys.stdin.buffer:
         print(json.dumps(compare(json.loads(line), timeout, cores)), flush=True)
     os.killpg(0, signal.SIGKILL)
@@ -137,11 +145,11 @@ class Worker:
 
     pid: int
     todo: deque[int]  # the indices of the pairs left to it
-    since: float  # when it last said something
+    since: float  # its processor time when it last said something
 
 
 def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
-    """Verdicts on the pairs. An answer may hold up those behind it for `slow` seconds."""
+    """Verdicts on the pairs. An answer may hold up those behind it for `slow` processor seconds."""
     verdicts = [CRASH] * len(pairs)
     # Neighbours stay together, for the completions of a group share their reference.
     share = math.ceil(len(pairs) / min(cores, 4))
@@ -153,48 +161,57 @@ def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
         while waiting and len(running) < most_workers:
             todo = waiting.popleft()
             pid, pipe = fork_worker([pairs[i] for i in todo], timeout)
-            running[pipe] = Worker(pid, todo, time.monotonic())
+            running[pipe] = Worker(pid, todo, processor_time(pid))
         for pipe in select.select(list(running), [], [], slow / 2)[0]:
             worker = running[pipe]
-            worker.since = time.monotonic()
+            worker.since = processor_time(worker.pid)
             marks = os.read(pipe, 4096).decode()
             for mark in marks[: len(worker.todo)]:
                 verdicts[worker.todo.popleft()] = mark
             if not marks or not worker.todo:
                 del running[pipe]
-                alarm = end_worker(worker, pipe)
+                timed_out = end_worker(worker, pipe)
                 if worker.todo:  # it died over the first of these
-                    verdicts[worker.todo.popleft()] = TIMEOUT if alarm else CRASH
+                    verdicts[worker.todo.popleft()] = TIMEOUT if timed_out else CRASH
                 if worker.todo:
                     waiting.append(worker.todo)
         for worker in running.values():
-            if len(worker.todo) > 1 and time.monotonic() - worker.since > slow:
+            if len(worker.todo) > 1 and processor_time(worker.pid) - worker.since > slow:
                 waiting.append(take_over(worker))
     return verdicts
 
 
+def processor_time(pid: int) -> float:
+    """Seconds that a process has computed; where there is no /proc, the time."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return time.monotonic()
+    # Its name, in brackets, may hold spaces. Behind it, the 12th and 13th fields count ticks.
+    user, system = stat.rpartition(b")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def take_over(worker: Worker) -> deque[int]:
     """Leave a slow worker to the pair that it is at. Returns those behind."""
-    # Many of them would starve the quick ones.
-    os.setpriority(os.PRIO_PROCESS, worker.pid, 10)
     slow = worker.todo.popleft()
     behind, worker.todo = worker.todo, deque([slow])
     return behind
 
 
 def end_worker(worker: Worker, pipe: int) -> bool:
-    """End a worker and close its pipe. Returns whether its alarm had ended it."""
+    """End a worker and close its pipe. Returns whether a timer had ended it."""
     os.kill(worker.pid, signal.SIGKILL)  # it may be at pairs that another has taken over
     _, status = os.waitpid(worker.pid, 0)
     os.close(pipe)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in TIMERS
 
 
 def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
     """Fork a process that writes a verdict a pair into a pipe, and ends. Returns pid and pipe.
 
-    It sets an alarm before each answer and leaves it to the kernel, which ends even a process deep
-    in arithmetic on big integers. memory: bytes that it may take.
+    It sets two timers before each answer and leaves them to the kernel, which ends even a process
+    deep in arithmetic on big integers. memory: bytes that it may take.
     """
     pipe, write = os.pipe()
     pid = os.fork()
@@ -202,14 +219,17 @@ def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
         os.close(write)
         return pid, pipe
     try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm ends the process
+        for timer in TIMERS:
+            signal.signal(timer, signal.SIG_DFL)  # it ends the process
         for stream in (0, 1, 2):  # what sympy prints must not reach the trainer
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         for answer, reference in pairs:
-            signal.setitimer(signal.ITIMER_REAL, timeout)
+            signal.setitimer(signal.ITIMER_PROF, timeout)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE * timeout)
             mark = verdict(answer, reference)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.write(write, mark.encode())
     finally:

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from rewards import COUNTERS
+from run.health import Health
 
-MAX_DRIFT = 0.1  # mean |sampler - trainer| of a log-probability; bfloat16's rounding makes 0.01
 ONCE_A_BATCH = {"time/sync", "time/generate", "time/reward", *COUNTERS}
 
 
@@ -67,12 +67,12 @@ def metrics_of(batch, names: list[str]) -> dict[str, float]:
     return metrics | batch.metrics
 
 
-def records_of(batch, names: list[str], tokenizer) -> list[dict]:
+def records_of(batch, run) -> list[dict]:
     """What completions.jsonl tells of each completion of a batch."""
     columns = [
-        tokenizer.batch_decode(batch.prompt_ids),
-        tokenizer.batch_decode(batch.completion_ids, skip_special_tokens=True),
-        [dict(zip(names, row)) for row in batch.scores],
+        run.tokenizer.batch_decode(batch.prompt_ids),
+        run.texts(batch.completions),
+        [dict(zip(run.rewards.names, row)) for row in batch.scores],
         batch.advantages.tolist(),
     ]
     return [
@@ -143,9 +143,7 @@ class Log:
         self.every, self.tells_completions = args.logging_steps, args.log_completions
         self.max_steps, self.steps_per_epoch = max_steps, steps_per_epoch
         self.tensorboard = self.wandb = None
-        self.warned = False
-        # top_p and top_k make a difference of their own.
-        self.watches_drift = world.is_main and args.top_p == 1.0 and args.top_k == 0
+        self.health = Health(args)
         if self.main:
             self._open(args, progress.step)
 
@@ -167,8 +165,9 @@ class Log:
         """A step is done. metrics: what is told as a mean over the steps of a line."""
         step = progress.step
         progress.unlogged.append(metrics)
-        self._warn_of_drift(metrics)
         if self.main:
+            for line in self.health.lines(metrics):
+                self.bar.write(line)
             shown = {"reward": f"{metrics['reward']:.3f}", "loss": f"{metrics['loss']:.4f}"}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
@@ -178,16 +177,6 @@ class Log:
             line |= weighted_mean([(1, metrics) for metrics in progress.unlogged])
             self._write(step, line)
             progress.unlogged = []
-
-    def _warn_of_drift(self, metrics: dict[str, float]) -> None:
-        """Say once when the sampler's policy is not the trainer's."""
-        drift = metrics.get("sampler/logp_diff", 0.0)
-        if self.watches_drift and not self.warned and drift > MAX_DRIFT:
-            self.warned = True
-            self.bar.write(
-                f"sampler/logp_diff is {drift:.3f}, above {MAX_DRIFT}: what samples is not what is "
-                "trained; float32 tells rounding from an error"
-            )
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write(step, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}})
@@ -202,7 +191,7 @@ class Log:
         if not (self.main and self.tells_completions):
             return
         names = run.rewards.names
-        records = records_of(batch, names, run.tokenizer)
+        records = records_of(batch, run)
         if self.wandb:
             import wandb
 

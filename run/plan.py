@@ -34,7 +34,7 @@ import data
 import lora
 from data import UsageError
 from dist import World, has_bfloat16
-from run import checks, flags, readers
+from run import flags, models, readers
 
 try:
     from fast import LOGITS_AT_ONCE, MAX_SCORES, QUERIES_AT_ONCE
@@ -257,7 +257,7 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
     ValueError if nothing does, or if they leave no room for completions.
     """
     rows, longest, shared, at_least = None, args.max_length, 0, 1
-    split = args.eval_steps and not args.val_dataset
+    split = flags.evaluates(args) and not args.val_dataset
     sources = [
         name if os.path.isfile(name) else name.rpartition("#")[0] or name for name in args.dataset
     ]
@@ -273,7 +273,8 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
             tokenizer = None
         if tokenizer and tokenizer.chat_template:  # or transformers made up one, without
             mapping = readers.map_in_processes(args.dataset_num_proc)
-            table, _ = data.encode(table, tokenizer, args.max_length, mapping)
+            more = {"prefix": args.response_prefix, "template": models.template_of(args)}
+            table, _ = data.encode(table, tokenizer, args.max_length, mapping, **more)
             prompts = [row["prompt_ids"] for row in table]
             longest = at_least = max(map(len, prompts))
             if not getattr(config, "sliding_window", None):
@@ -289,11 +290,12 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
         raise UsageError(
             f"--dataset {' '.join(args.dataset)}: a plan does not know its prompts; --max_length N bounds them"
         )
-    room = config.max_position_embeddings - args.max_completion_length
+    context = models.context_of(config)
+    room = context - args.max_completion_length
     if room < at_least:
         raise UsageError(
             f"--max_completion_length {args.max_completion_length}: with a prompt of {at_least} token{'s' * (at_least > 1)} "
-            f"or more that is beyond the model's {config.max_position_embeddings}; a shorter one works"
+            f"or more that is beyond the model's {context}; a shorter one works"
         )
     return rows, min(longest, room), shared
 
@@ -305,7 +307,7 @@ def dry_run(args: argparse.Namespace, world: World) -> int:
         raise UsageError(
             "--dry_run: plans the quick parts alone; --plain false, with the folder fast/, works"
         )
-    config = checks.model_config(args)
+    config = models.model_config(args)
     return show(args, config, world) if world.is_main else 0
 
 

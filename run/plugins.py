@@ -26,10 +26,12 @@ from pathlib import Path
 import rewards
 from data import UsageError
 from rewards import BUILT_IN, Cosine, Repetition, RewardError, Rewards, orms
+from run import scorer
 
 HERE = Path(__file__).parent
 # Columns of ours. A dataset's own may not have these names, nor prompt_ids.
-OURS = {"completions", "prompts", "completion_ids", "step"}
+OURS = {"completions", "prompts", "completion_ids", "step", "is_truncated"}
+SWIFTS = {"response_token_ids", "trainer_state"}  # what else ms-swift hands over
 
 
 # Loading ---------------------------------------------------------------------------------------
@@ -74,8 +76,24 @@ def run_file(path: Path) -> None:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except ImportError as error:
+        missing = swifts_own(error)
+        if missing:
+            here = "ORM, AsyncORM and orms are here, for rewards alone"
+            raise ValueError(f"imports {missing}, which is a part of ms-swift; {here}") from error
+        raise ValueError(f"failed to import: {describe(error)}") from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"failed to import: {describe(error)}") from error
+
+
+def swifts_own(error: ImportError) -> str | None:
+    """The part of ms-swift that an import asked for in vain, if it did."""
+    # rewards.py poses as swift.plugin, and a namespace without a name as swift.utils.
+    ours = rf"cannot import name '(\w+)' from '({rewards.__name__}|<unknown module name>)'"
+    name = re.match(ours, str(error))
+    if name:
+        return name[1]
+    return error.name if (error.name or "").split(".")[0] == "swift" else None
 
 
 def check_new(new: dict, taken: dict) -> None:
@@ -106,10 +124,12 @@ class CheckedRewards(Rewards):
         flags |= {"reward_model": reward_model, "output_dir": output_dir}
         super().__init__(names, weights, **flags)
         self.output_dir = output_dir
+        self.max_steps = flags.get("max_steps")
+        self.reward_model = None
         # One event loop for the run: what async rewards keep (a connection) may belong to it.
         self.runner = asyncio.Runner()
         if reward_model:
-            check_reward_model(reward_model)
+            self.reward_model = scorer.check(reward_model)
         check_weights(self.weights, self.names)
         self.weights = [float(weight) for weight in self.weights]
 
@@ -140,13 +160,13 @@ class CheckedRewards(Rewards):
 
     def check_columns(self, columns) -> None:
         """UsageError if a reward needs a column that the dataset lacks, or if one is called as ours."""
-        clash = (OURS | {"prompt_ids"}).intersection(columns)
+        clash = (OURS | SWIFTS | {"prompt_ids"}).intersection(columns)
         if clash:
             problem = f"rename its column {min(clash)}; we keep our own under this name"
             raise UsageError(f"--dataset: {problem}")
         for reward, function in zip(self.names, self.functions):
             for name in needed(function):
-                if name not in {*OURS, *columns}:
+                if name not in {*OURS, *SWIFTS, "messages", *columns}:
                     there = ", ".join(sorted(columns))
                     problem = f"needs a column {name}; the dataset has {there}"
                     raise UsageError(f"--reward_funcs {reward}: {problem}")
@@ -156,8 +176,16 @@ class CheckedRewards(Rewards):
         columns = dict(columns)
         step = columns.pop("step")
         batch = columns | {"completions": completions}
-        results = call_all(self.functions, batch, step, self.runner)
+        # As in ms-swift the messages end in the completion, whatever the dataset's own end in.
+        replies = [{"role": "assistant", "content": completion} for completion in completions]
+        batch["messages"] = [[*p, reply] for p, reply in zip(columns["prompts"], replies)]
+        batch["response_token_ids"] = columns["completion_ids"]
+        results = call_all(self.functions, batch, self.state(step), self.runner)
         return [self.check(i, values, batch, step) for i, values in enumerate(results)]
+
+    def state(self, step: int) -> types.SimpleNamespace:
+        """What a reward may ask of the run: `global_step`, updates made before, and `max_steps`."""
+        return types.SimpleNamespace(step=step, global_step=step - 1, max_steps=self.max_steps)
 
     def check(self, i, values, batch, step) -> list[float | None]:
         """What reward i returned, as floats and None; RewardError, with the batch kept, if it can't."""
@@ -186,7 +214,7 @@ class CheckedRewards(Rewards):
         """The first row on which a reward fails alone: it has seen the whole batch, and tells none."""
         for row in range(len(batch["completions"])):
             alone = {name: [column[row]] for name, column in batch.items()}
-            (result,) = call_all([function], alone, step, self.runner)
+            (result,) = call_all([function], alone, self.state(step), self.runner)
             if isinstance(result, BaseException):
                 return row
         return None
@@ -199,12 +227,12 @@ class CheckedRewards(Rewards):
 # Calling ---------------------------------------------------------------------------------------
 
 
-def call_all(functions, batch, step, runner) -> list:
+def call_all(functions, batch, state, runner) -> list:
     """What each function returns for the batch, or the exception that it raises."""
     results = []
     for function in functions:
         try:
-            results.append(call(function, batch, step))
+            results.append(call(function, batch, state))
         except Exception as error:
             results.append(error)
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
@@ -219,12 +247,13 @@ def call_all(functions, batch, step, runner) -> list:
     return results
 
 
-def call(function, batch, step):
-    """function(completions, **columns), with those columns that it takes."""
+def call(function, batch, state):
+    """function(completions, **columns), with those columns that it takes. state: of the run."""
     # Each gets lists of its own, for a function may sort or cut them.
     columns = {name: list(column) for name, column in batch.items()}
-    columns["completion_ids"] = [list(ids) for ids in batch["completion_ids"]]
-    columns["step"] = step
+    for name in ("completion_ids", "response_token_ids"):
+        columns[name] = [list(ids) for ids in batch[name]]
+    columns |= {"step": state.step, "trainer_state": state}
     wanted = parameters(function)
     # TRL's begin (prompts, completions, …), others (texts): by name where there is one.
     first = []
@@ -316,45 +345,6 @@ def check_parameters(function) -> None:
         if function.penalty > 0:
             problem = "must be 0 or less"
             raise UsageError(f"--repetition_max_penalty {function.penalty}: {problem}")
-
-
-def check_reward_model(path: str) -> None:
-    """UsageError if a folder or hub id is no sequence classifier with one output and a template."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        missing = missing_head(path, config)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--reward_model {path}: cannot be read: {one_line(error)}") from error
-    if config.num_labels != 1:
-        problem = f"has {config.num_labels} outputs; a model with one is needed"
-        raise UsageError(f"--reward_model {path}: {problem}")
-    if missing:
-        raise UsageError(f"--reward_model {path}: its weights lack {', '.join(missing)}")
-    if not tokenizer.chat_template:
-        raise UsageError(f"--reward_model {path}: its tokenizer has no chat template")
-
-
-def missing_head(path: str, config) -> list[str]:
-    """The weights of a classifier's head, if a local folder's files lack them all.
-
-    They are read from the files' headers alone.
-    """
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoModelForSequenceClassification
-
-    there = set()
-    for file in Path(path).glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            there.update(weights.keys())
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    body = f"{model.base_model_prefix}."
-    head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
-    return head if there and there.isdisjoint(head) else []
 
 
 # Saying it in one line -------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def read_system(value: str | None) -> str | None:
     UsageError for what looks like a file (some/path, or .txt or .md at its end) and cannot be read.
     """
     if not value:
-        return None
+        return value  # "" is no system turn at all, of built-in tasks either
     looks_like_file = re.search(r"\.(txt|md)$|^\S*/\S*$", value)
     if not looks_like_file and not os.path.isfile(value):
         return value

@@ -1,16 +1,28 @@
-"""run/answers.py: what is read around an answer, and verdicts that need no math_verify."""
+"""run/answers.py, notation.py, quantities.py: what counts as an equal answer, and what does not."""
 
 import gzip
 import json
 import random
+import time
+from fractions import Fraction
 from pathlib import Path
 
+import pytest
+
 from rewards import RIGHT, UNREADABLE, WRONG, Accuracy
-from run.answers import decimal, quick_verdict, unwrap, verdict, without_emphasis
+from run.answers import quick_verdict, stated, typed, verdict
+from run.notation import cleaned
+from run.quantities import decimal
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures/rewards"
 NUMBERS = ["0", "7", "18", "-18", "1,234", "0.5", "18.00", "99.99", "1", "-0.5"]
 NUMBERS += ["0.1234567", "0.1234568", "1.0000001", "12.3456789"]
+
+
+def in_this_process(pairs):
+    """What run.judge.Judge says, of answers that do not hang."""
+    pairs = [(cleaned(a), cleaned(b)) for a, b in pairs]
+    return [quick_verdict(*pair) or verdict(*pair) for pair in pairs]
 
 
 def test_emphasis_is_not_mistaken_for_mathematics():
@@ -23,19 +35,38 @@ def test_emphasis_is_not_mistaken_for_mathematics():
         "6' 2\"",
         "*" * 99,
     ):
-        assert without_emphasis(text) == text
+        assert cleaned(text) == text
 
 
 def test_emphasis_code_quotes_and_typography_are_not_part_of_an_answer():
     for text in ("**18**", "*18*", "__18__", "`18`", "```18```", '"18"', "“18”", " '18' "):
-        assert without_emphasis(text) == "18"
-    assert without_emphasis("\u22125") == "-5"
+        assert cleaned(text) == "18"
+    assert cleaned("\u22125") == "-5"
 
 
 def test_a_box_dollar_signs_and_a_full_stop_are_not_part_of_an_answer():
     for text in (r"\boxed{18}", "$18$", r"\(18\)", r"$\boxed{18}$", r"\text{18}", "18.", " 18 "):
-        assert unwrap(text) == "18"
-    assert unwrap("$1$ and $2$") == "$1$ and $2$"
+        assert typed(text) == "18"
+    assert typed("$1$ and $2$") == "$1$ and $2$"
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        (r"First \boxed{7}. Then, after a second and far longer look at it all, \boxed{8}.", "8"),
+        (r"so \boxed{7} and \boxed{8}", "7, 8"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} holds", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        ("We see $x=1$, hence it is $y+1$.", "y+1"),
+        ("The answer is 3/7.", "3/7"),
+        ("**Answer:** $3/7$", "3/7"),
+        ("The answer is $3/7$, not $4/7$.", "The answer is $3/7$, not $4/7$"),
+        ("The answer is what she has left.", "The answer is what she has left"),
+        (r"\boxed{3", r"\boxed{3"),
+    ],
+)
+def test_the_part_that_states_an_answer_is_the_box_or_stands_last(text, part):
+    assert stated(cleaned(text))[0] == part
 
 
 def test_a_number_has_one_form():
@@ -57,7 +88,7 @@ def test_a_quick_verdict_is_the_one_that_math_verify_gives():
 
 
 def test_what_is_not_certain_has_no_quick_verdict():
-    for pair in (("1/2", "0.5"), ("x", "y"), ("0.12345678", "0.12345679"), ("5", "x"), ("", "5")):
+    for pair in (("\\sqrt{4}", "2"), ("x", "y"), ("5", "x"), ("", "5"), ("(1,2)", "(1, 2.0)")):
         assert quick_verdict(*pair) is None
     assert quick_verdict("Monday", "Monday") == RIGHT
     assert quick_verdict("17 18", "18") == WRONG  # guesses: math_verify would take the last
@@ -72,9 +103,245 @@ def test_a_bare_formula_is_read_whole():
         ("4", "(3, 4)", WRONG),
         ("1, 2", "2, 1", RIGHT),
         ("5 kg", "5", RIGHT),
-        ("Tuesday", "Monday", UNREADABLE),
+        ("Tuesday", "Monday", WRONG),
+        ("Tuesday", "one of the weekdays", UNREADABLE),
     ):
         assert verdict(answer, reference) == expected, (answer, reference)
+
+
+# What counts as equal --------------------------------------------------------------------------
+
+# kind → lines of ways to write the same: each is right where the first is asked, and it where each.
+SAME = {
+    "money": [
+        r"\$7.25 | 7.25 dollars | $7.25 | 7.25 | \text{\$}7.25 | US$7.25 | \$7\frac{1}{4} | 7.25 USD",
+        r"\$41,\!906 | 41,906 | 41906 | \$41{,}906 | 41\,906 | \$41906.00 | 41{,}906 \text{ dollars}",
+        r"€12 | 12 euros | 12 | £12",
+    ],
+    "mixed numbers": [
+        r"3 2/5 | 3.4 | 17/5 | \frac{17}{5} | 3\frac{2}{5} | 3 \tfrac25 | 3⅖ | 3 and 2/5 | x = 3 2/5",
+        r"-4 1/3 | -\frac{13}{3} | -4\frac13 | −4⅓",
+    ],
+    "plain text": [
+        r"sqrt(7)/3 | \frac{\sqrt{7}}{3} | \sqrt{7}/3 | √7/3 | (sqrt 7)/3",
+        r"5*pi/6 | \frac{5\pi}{6} | 5π/6 | 5pi/6",
+        r"exp(9) - 4 | e^9-4 | e^{9} - 4 | e**9 - 4",
+        r"2^(x+1) | 2^{x+1} | 2**(x+1) | 2 \cdot 2^x",
+        r"cbrt(5) | \sqrt[3]{5} | ∛5 | 5^(1/3)",
+        r"sqrt(sqrt(3)+1) | \sqrt{\sqrt{3}+1} | \sqrt{1 + \sqrt3}",
+        r"k(k-1)/2 | \frac{k^2-k}{2} | \binom{k}{2}-0",
+        r"3 - 2*i | 3-2i",
+    ],
+    "signs": [
+        r"3π | 3\pi | 3 \pi",
+        r"5√6 | 5\sqrt{6} | \sqrt{150}",
+        r"a³ − 2 | a^3-2 | a^{3} - 2",
+        r"⅝ | 0.625 | \frac58 | 5⁄8",
+        r"–12 | -12 | −12 | －12",
+        r"８３ | 83",
+        "98\u00a0765 | 98765 | 98\u202f765 | 98\u2009765 | 98,765",
+        r"（3，8） | (3,8) | (3, 8)",
+        r"−∞ | -\infty | -infinity",
+        r"∅ | \varnothing | \emptyset | \{\} | empty set",
+        r"37° | 37^\circ | 37 | 37 degrees | 37^{\circ}",
+        r"答案是 62。 | 62 | 答案：62",
+    ],
+    "choices": [
+        r"D | (D) | D. 40 litres | D) 40 | \textbf{(D)}\ 40 | The answer is D. | \text{D} | Option D",
+    ],
+    "units": [
+        r"84 | 84 km/h | 84 miles per hour | 84 m/s^2 | 84 Rs. | 84 \text{ cm}^2 | 84 pears | $84 per day",
+        r"62 \text{ kg} | 62 kg | 62 kilograms | 62",
+    ],
+    "numbers": [
+        r"4e5 | 400000 | 4 \times 10^5 | 4 \cdot 10^{5} | 400,000 | 400 thousand | 4E5",
+        r"3.1e-7 | 0.00000031 | 3.1 \times 10^{-7} | \frac{31}{10^8}",
+        r"7! | 5040 | \frac{8!}{8}",
+        r"37\frac{1}{2}\% | 37.5\% | 37.5 percent | 0.375 | \frac38",
+        r"2^{12} | 4096 | 2^12 | 2**12",
+    ],
+    "intervals": [
+        r"(-\infty, 7) | x<7 | 7 > x | x \in (-\infty,7) | (-∞, 7) | y < 7",
+        r"[-2, 6.5) | -2 \le x < 6.5 | 6.5 > x >= -2 | [-2,13/2) | x ∈ [-2, 6.5)",
+        r"(-\infty,1)\cup[4,\infty) | x<1 or x>=4 | [4,∞)∪(-∞,1) | x < 1 \text{ or } x \geq 4",
+        r"(-\infty,\infty) | \mathbb{R} | all real numbers | ℝ",
+        r"\{4, 9\} | \{9,4\} | 4, 9 | 9,4",
+    ],
+    "bases": [r"3047_8 | 3047_{8} | 3047₈ | 3047 base 8 | \text{3047}_8"],
+    "words": [
+        r"\text{odd} | odd | Odd | \textbf{odd} | \boxed{\text{odd}} | It is clearly \boxed{odd}.",
+        r"Beatrice | \text{Beatrice} | The answer is Beatrice. | “Beatrice”",
+        r"a parabola | parabola | \mathrm{parabola}",
+    ],
+    "rounded": [r"2/3 | 0.666667 | 0.6666667", r"\sqrt{5} | 2.236068"],
+    "names": [r"t=11 | 11 | t = 11.0", r"y=3x-2 | 3x-2"],
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_ways_to_write_the_same_are_equal_either_way_round(kind):
+    for line in SAME[kind]:
+        first, *others = line.split(" | ")
+        for other in others:
+            said = in_this_process([(other, first), (first, other)])
+            assert said == [RIGHT, RIGHT], (first, other)
+
+
+# Each looks like the other, and is wrong.
+NEAR_MISSES = {
+    "money": [
+        (r"\$7.52", r"\$7.25"),
+        ("7.25 cents", r"\$7.25"),
+        ("€7.25", r"\$7.25"),
+        ("725", r"\$7.25"),
+        (r"\$41,\!960", r"\$41,\!906"),
+        ("41", r"\$41,\!906"),
+    ],
+    "mixed numbers": [
+        ("3 2/5", "3"),
+        ("3 2/5", "2/5"),
+        ("3 2/5", "1.2"),  # the product
+        ("3 5/2", "2.5"),
+        ("32/5", "3 2/5"),
+        ("-3 2/5", "-2.6"),
+        ("3 - 2/5", "3 2/5"),
+    ],
+    "plain text": [
+        ("sqrt(7)", "7"),
+        ("sqrt(7)", "2.645"),
+        ("sqrt 75", r"5\sqrt{7}"),
+        ("sqrt(9+16)", "sqrt(9)+16"),
+        ("5*pi/6", r"\frac{6\pi}{5}"),
+        ("pi", "22/7"),
+        ("exp(9)", "9e"),
+        ("e^(3x)", "e^3x"),
+        ("1/(x+2)", "1/x+2"),
+        ("x^15", "x^1 5"),
+        ("2**3", "6"),
+        ("k(k-1)/2", "k(k+1)/2"),
+        ("2e - 1", "0.2"),
+        ("3 + 2*i", "3-2i"),
+    ],
+    "signs": [
+        ("x³", "x3"),
+        ("x³", "x²"),
+        ("3–8", "-5"),  # from three to eight
+        ("5√6", r"\sqrt{56}"),
+        ("⅝", "5"),
+        ("1⅝", "15/8"),
+        ("∞", r"-\infty"),
+        ("∅", "0"),
+        ("10⁴", "104"),
+        ("８３", "84"),
+    ],
+    "choices": [
+        ("A or D", "D"),
+        ("A, D", "D"),
+        ("(A) and (D)", "D"),
+        ("A) 30 D) 40", "A"),
+        ("D. 30 litres", "D. 40 litres"),
+        ("C. 40 litres", "D. 40 litres"),
+        ("(C) + 1", "C"),
+        ("Not D", "D"),
+    ],
+    "units": [
+        ("84 m", "84 cm"),
+        ("84 minutes", "84 hours"),
+        ("84x", "84"),
+        ("84t", "84"),
+        ("84", "84t"),
+        ("84 squared", "84"),
+        ("2 thirds", "2"),
+        ("6 feet 2 inches", "2"),
+        ("6 feet 2 inches", "6"),
+    ],
+    "numbers": [
+        ("4e5", "4e6"),
+        ("4e5", "45"),
+        ("7!", "7"),
+        ("7!!", "5040"),
+        ("4 million", "4"),
+        ("37.5\\%", "37"),
+        ("3.75\\%", "0.375"),
+        ("12,34", "1234"),
+        ("1.0000004", "1"),
+        ("0.66", "2/3"),
+        ("2 3 4", "4"),
+    ],
+    "tiny": [
+        ("0.0000004", "0.0000005"),
+        ("0", "0.0000004"),
+        ("4e-9", "4e-8"),
+        (r"\frac{1}{5^{40}}", r"\frac{1}{5^{41}}"),
+        (r"\frac{1}{90!}", r"\frac{1}{91!}"),
+        (r"\frac{\sqrt{5}}{10^{9}}", r"\frac{\sqrt{6}}{10^{9}}"),
+        (r"2^{-70}", "0"),
+        ("(0.0000004, 1)", "(0.0000005, 1)"),
+    ],
+    "intervals": [
+        (r"x \le 7", "x<7"),
+        ("x>7", r"(-\infty,7)"),
+        ("y<7", "x<7"),
+        ("(7,-2)", "(-2,7)"),
+        ("[-2,7)", "(-2,7]"),
+        ("(-2,7)", r"\{-2,7\}"),
+        ("x<1 or x>4", "(1,4)"),
+        ("x<7", "7"),
+        (r"[1,2)\cup(3,4)", r"[1,2)\cup(3,4]"),
+        ("(1,2,3)", "(1,3,2)"),
+    ],
+    "bases": [("3047_9", "3047_8"), ("3074_8", "3047_8"), ("1575", "3047_8"), ("1575_9", "1575")],
+    "words": [
+        ("even", r"\text{odd}"),
+        ("not odd", "odd"),
+        ("odd or even", "odd"),
+        ("Beatrix", "Beatrice"),
+        ("west", "north-west"),
+    ],
+    "names": [("t=12", "t=11"), ("s=11", "t=11"), ("y=3x+2", "3x-2")],
+    "several": [(r"\boxed{7} or \boxed{8}", "8"), ("7, 8", "8"), ("7 = 8", "8")],
+}
+
+
+@pytest.mark.parametrize("kind", NEAR_MISSES)
+def test_a_wrong_answer_that_looks_right_is_wrong(kind):
+    assert [pair for pair in NEAR_MISSES[kind] if in_this_process([pair]) == [RIGHT]] == []
+    assert sum(map(len, NEAR_MISSES.values())) >= 60
+
+
+def test_every_random_number_equals_itself_in_other_clothes_and_no_other():
+    rng = random.Random(3)
+    for _ in range(200):
+        value, off = Fraction(rng.randrange(1, 10**6), rng.choice((1, 2, 4, 5, 8))), 1
+        whole, rest = divmod(value, 1)
+        ways = [f"{float(value):.3f}", f"{value.numerator}/{value.denominator}"]
+        ways += [rf"\frac{{{value.numerator}}}{{{value.denominator}}}", f"{float(value):,.3f} km"]
+        ways += [f"${float(value):.3f}", f"{float(value / 1000):.6f}e3"]
+        if rest:
+            ways += [f"{whole} {rest}", rf"{whole}\frac{{{rest.numerator}}}{{{rest.denominator}}}"]
+        for way in ways:
+            assert quick_verdict(way, str(value)) == RIGHT, (way, value)
+            assert quick_verdict(way, str(value + off)) == WRONG, (way, value)
+            assert quick_verdict(way, str(-value)) == WRONG, (way, value)
+
+
+LATIN = r"\boxed{ ( [ $ \( { } ^ _ , - . / | * **a _a 1 1, 1/ 1^ 9. \frac \frac{1} \text{ sqrt( or"
+OTHERS = "² √ – ½ 。 答案 answer answer: \\cup x< A. {\\boxed{1} $1$ <answer>"
+
+
+@pytest.mark.parametrize("unit", [*(LATIN + " " + OTHERS).split(" "), " ", "\n", " 1", "a "])
+def test_long_texts_are_read_in_linear_time(unit):
+    seconds = []
+    for length in (25_000, 100_000):
+        text = (unit * length)[:length]
+        start = time.process_time()
+        for pair in ((text, "5"), ("5", text), (text + "5", text + "6")):
+            a, b = map(cleaned, pair)
+            quick_verdict(a, b)
+            stated(a), stated(b)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 1 + 10 * seconds[0]  # sixteen times, if it were quadratic
+    assert seconds[0] < 2
 
 
 # Beside the peers ------------------------------------------------------------------------------
@@ -87,6 +354,11 @@ STATED_LAST = (
 LAST = (
     "no <answer>, no \\boxed{}: the text ends in its answer; the peer wants \\boxed{} or the word"
 )
+READ = {
+    "1e5 is 100000": "556 557 558",
+    "a unit may stand in the box": "536 537",
+    "so may a full stop": "599 600",
+}
 CUT = (
     "the same rule, which cannot know that a text was cut short: the spec compares the whole of it"
 )
@@ -99,11 +371,12 @@ DIFFERENCES = {
             "439 442 457 466 481 490 496 502 508 523 550 553 559 565 592"
         ),
         "nor does a reference, and a word is a reference too": (
-            "452 453 454 455 456 460 461 462 469 470 471 488 489 511 512 513 517 526"
+            "452 453 454 455 456 460 461 462 469 470 471 488 489 511 512 513 517 518 519 526 527 528"
         ),
         WHOLE: "448 449 463 464 472 473 580",
         "the last <answer> counts, not the first": "634 637",
         "\\dfrac34 is 3/4": "436 437 438",
+        **READ,
     },
     "trl": {
         LAST: STATED_LAST,
@@ -119,14 +392,9 @@ DIFFERENCES = {
         "a reference needs no dollar signs": "451 452 453 460 461 462 469 470 471 487 488 489",
         WHOLE: "449 464 473",
         "\\dfrac34 is 3/4": "436 437 438",
+        **READ,
     },
 }
-
-
-def in_this_process(pairs):
-    """What run.judge.Judge says, of answers that do not hang."""
-    pairs = [(without_emphasis(a), without_emphasis(b)) for a, b in pairs]
-    return [quick_verdict(*pair) or verdict(*pair) for pair in pairs]
 
 
 def test_accuracy_equals_the_peers_where_both_answer():

@@ -15,7 +15,7 @@ import lora
 import train
 from fast import adapters, packed, remade
 from fast.decoder import ROOM, PackedDecoder
-from run import checks, plan
+from run import models, plan
 from run.flags import parse_args
 
 QWEN = ROOT / "tests" / "fixtures" / "Qwen2.5-7B"
@@ -36,7 +36,7 @@ def planned(*flags, dry_run=8):
     ]
     args = parse_args([str(word) for word in words])
     world = dist.World(0, 1, torch.device("cpu"))
-    s, found = plan.make(args, checks.model_config(args), world)
+    s, found = plan.make(args, models.model_config(args), world)
     return s, {
         (term.name, moment): term.value for term in found for moment in term.moments or [None]
     }
@@ -236,7 +236,7 @@ def test_prompts_are_read_where_they_can_be(tmp_path, model_folder):
     args = parse_args(
         [str(x) for x in [*flags, "--model", model_folder, "--dry_run", 1, "--max_length", 200]]
     )
-    rows, longest, shared = plan.find_prompts(args, checks.model_config(args))
+    rows, longest, shared = plan.find_prompts(args, models.model_config(args))
     ids, _ = data.encode(
         data.load_rows(["arithmetic"]), transformers.AutoTokenizer.from_pretrained(model_folder)
     )
@@ -247,7 +247,7 @@ def test_prompts_are_read_where_they_can_be(tmp_path, model_folder):
         < len({tuple(row["prompt_ids"][: shared + 1]) for row in ids})
     )
     args.model = tmp_path
-    assert plan.find_prompts(args, checks.model_config(args)) == (rows, 200, 0)
+    assert plan.find_prompts(args, models.model_config(args)) == (rows, 200, 0)
 
 
 def test_a_plan_says_whether_it_fits_and_what_would(capsys):
@@ -357,4 +357,4 @@ def test_the_page_on_scale_tells_what_the_planner_does():
 
 def of(flags):
     args = parse_args(flags)
-    return args, checks.model_config(args), dist.World(0, 1, torch.device("cpu"))
+    return args, models.model_config(args), dist.World(0, 1, torch.device("cpu"))

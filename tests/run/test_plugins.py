@@ -480,3 +480,24 @@ def test_a_bad_reward_model_is_one_line(tmp_path):
         assert str(caught.value).startswith(f"--reward_model {path}: {message}")
         assert "\n" not in str(caught.value)
     CheckedRewards([], reward_model=save_classifier(tmp_path / "good"))
+
+
+SWIFTS = {
+    "from swift.llm import PtEngine, Template": "swift.llm",
+    "from swift.plugin import ORM, orms, rm_plugins": "rm_plugins",
+    "from swift.plugin.multi_turn import MultiTurnScheduler": "swift.plugin.multi_turn",
+    "from swift.rewards.rm_plugin import DefaultRMPlugin": "swift.rewards.rm_plugin",
+    "from swift.utils import gc_collect": "gc_collect",
+    "import swift.rlhf_trainers": "swift.rlhf_trainers",
+}
+
+
+@pytest.mark.parametrize("line", SWIFTS)
+def test_a_plugin_that_needs_more_of_ms_swift_is_told_which_part(line, tmp_path):
+    """Its newest example files bring engines and schedulers beside their rewards."""
+    file = tmp_path / "plugin.py"
+    file.write_text(f"{line}\n")
+    with pytest.raises(UsageError) as error:
+        load_plugins([str(file)])
+    said = f"--external_plugins {file}: imports {SWIFTS[line]}, which is a part of ms-swift; "
+    assert str(error.value).startswith(said)

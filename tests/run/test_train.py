@@ -208,6 +208,26 @@ def test_nothing_is_computed_that_teaches_nothing(
     assert passes == (both_groups if beta else one_group)  # in two micro-batches
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_each_row_is_evaluated_once_however_few_the_last_batch_has(rows, model_folder, tmp_path):
+    """Two processes that evaluate one completion each at once; the last batch may have but one."""
+    reward = tmp_path / "level.py"
+    reward.write_text(
+        "from rewards import orms\n"
+        "orms['level'] = lambda texts, level, **_: [l + i / 1000 for i, l in enumerate(level)]\n"
+    )
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"question": f"{i}?", "level": 10**i}) for i in range(rows)]
+    file.write_text("\n".join(lines))
+    changes = {"reward_funcs": "level", "val_dataset": file, "dataset": file, "max_steps": 1}
+    changes |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 1}
+    changes |= {"num_generations_eval": 1, "eval_on_start": "true", "beta": 0}
+    flags = flags_for(model_folder, reward, tmp_path / "out", **changes)
+    run_forked(flags, 2, tmp_path / "ranks")
+    for line in read_metrics(tmp_path / "out", evaluations=True):
+        assert line["eval/reward"] == pytest.approx(sum(10**i for i in range(rows)) / rows)
+
+
 def test_metrics_are_meant_over_the_parts_that_have_them():
     parts = [
         (3, {"a": 1.0, "rewards/unscored": 2.0}),

@@ -1,0 +1,163 @@
+"""A run that cannot learn says so: one line a cause, with the flag that helps.
+
+Each cause is a fact that metrics.jsonl tells, too. It is told when it holds for PATIENCE steps in a
+row (a counter: when it has risen), and once. To watch for another, add a function to `CAUSES`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+import dist
+
+PATIENCE = 5  # steps
+MAX_DRIFT = 0.1  # mean |sampler - trainer| of a log-probability; bfloat16's rounding makes 0.01
+
+Steps = list[dict[str, float]]  # the metrics of the last PATIENCE steps, the newest last
+
+
+def always(steps: Steps, name: str, holds: Callable[[float], bool]) -> bool:
+    """Whether a metric is there in each of the steps and holds."""
+    return len(steps) == PATIENCE and all(name in m and holds(m[name]) for m in steps)
+
+
+def mean(steps: Steps, name: str) -> float:
+    return sum(m[name] for m in steps) / len(steps)
+
+
+def equal_groups(steps: Steps) -> str | None:
+    if not always(steps, "zero_std_groups", lambda share: share >= 0.9):
+        return None
+    share = mean(steps, "zero_std_groups")
+    rewards = {m["reward"] for m in steps}
+    earned = f"the same ({rewards.pop():g})" if len(rewards) == 1 else "the same within each"
+    return (
+        f"zero_std_groups is {share:.0%}: nearly all groups earn {earned}, which teaches nothing; "
+        "a reward with degrees beside the strict one (--reward_funcs accuracy format), easier or "
+        "harder rows (--dataset), a larger --num_generations or --temperature helps"
+    )
+
+
+def cut_short(steps: Steps) -> str | None:
+    if not always(steps, "clipped_completions", lambda share: share >= 0.8):
+        return None
+    share = mean(steps, "clipped_completions")
+    return (
+        f"clipped_completions is {share:.0%}: most completions are cut before they end; a larger "
+        "--max_completion_length, or a --system that asks for short answers, helps"
+    )
+
+
+def without_entropy(steps: Steps) -> str | None:
+    if not always(steps, "entropy", lambda nats: nats < 0.01):
+        return None
+    entropy = mean(steps, "entropy")
+    return (
+        f"entropy is {entropy:.4f}: the policy says the same whatever it draws, and a group has "
+        "nothing to compare; a larger --temperature or --beta, or a smaller --learning_rate, helps"
+    )
+
+
+def without_gradient(steps: Steps) -> str | None:
+    teaches = always(steps, "zero_std_groups", lambda share: share < 1)
+    if not (teaches and always(steps, "grad_norm", lambda norm: norm < 1e-8)):
+        return None
+    return (
+        "grad_norm is 0 though groups differ: nothing that is trained moves the loss; other "
+        "--target_modules, or --train_type full, helps"
+    )
+
+
+def unreadable(steps: Steps) -> str | None:
+    count = steps[-1].get("rewards/accuracy/unparseable_references", 0)
+    if not count:
+        return None
+    return (
+        f"rewards/accuracy/unparseable_references is {count:g}: accuracy cannot read these "
+        "references and gives 0.0; a column solution that holds the answer alone helps (--dataset)"
+    )
+
+
+def timeouts(steps: Steps) -> str | None:
+    count = steps[-1].get("rewards/accuracy/timeouts", 0)
+    if not count:
+        return None
+    return (
+        f"rewards/accuracy/timeouts is {count:g}: comparing these answers took too long and gave "
+        "0.0; a larger --accuracy_timeout helps if they are right ones"
+    )
+
+
+def unscored(steps: Steps) -> str | None:
+    count = steps[-1].get("rewards/unscored", 0)
+    if not count:
+        return None
+    return (
+        f"rewards/unscored is {count:g}: no reward applied to these completions, which earned "
+        "0.0; rows with references (--dataset), or another of --reward_funcs, helps"
+    )
+
+
+def drifting(steps: Steps) -> str | None:
+    drift = steps[-1].get("sampler/logp_diff", 0.0)
+    if drift <= MAX_DRIFT:
+        return None
+    return (
+        f"sampler/logp_diff is {drift:.3f}, above {MAX_DRIFT}: what samples is not what is "
+        "trained; float32 tells rounding from an error"
+    )
+
+
+CAUSES = [equal_groups, cut_short, without_entropy, without_gradient]
+CAUSES += [unreadable, timeouts, unscored]
+
+
+class Health:
+    """`lines(metrics)` of each step: what is worth saying, each cause once."""
+
+    def __init__(self, args):
+        self.steps = deque(maxlen=PATIENCE)
+        self.untold = list(CAUSES)
+        if args.top_p == 1.0 and args.top_k == 0:  # which make a difference of their own
+            self.untold.append(drifting)
+
+    def lines(self, metrics: dict[str, float]) -> list[str]:
+        self.steps.append(metrics)
+        told = {cause: cause(list(self.steps)) for cause in self.untold}
+        self.untold = [cause for cause in self.untold if told[cause] is None]
+        return [line for line in told.values() if line is not None]
+
+
+# Known as the run starts ------------------------------------------------------------------------
+
+
+def before_the_first_step(args, policy, num_rows: int, num_prompts: int, max_steps: int) -> list:
+    """num_prompts: of a step."""
+    lines = []
+    if num_prompts > num_rows:
+        lines.append(
+            f"--dataset: {num_rows} rows for {num_prompts} prompts a step, so that each is asked "
+            "more than once a step; more rows, or a smaller --per_device_train_batch_size, helps"
+        )
+    share = out_of_reach(policy, args.learning_rate * max_steps)
+    if share > 0.5:
+        lines.append(
+            f"--learning_rate {args.learning_rate:g}: in {max_steps} steps {share:.0%} of the "
+            "weights cannot move as far as bfloat16 can tell; a larger one, more steps, "
+            "--train_type lora or --torch_dtype float32 helps"
+        )
+    return lines
+
+
+def out_of_reach(policy: torch.nn.Module, distance: float) -> float:
+    """The share of trained weights that stay the same in their own precision if each moves by at
+    most `distance`, as AdamW's do by at most a learning rate a step. Of a sample of them."""
+    stuck = []
+    for parameter in policy.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            own = dist.local(parameter.detach()).flatten()
+            sample = own[:: max(1, len(own) // 1000)]
+            moved = (sample.float().abs() + distance).to(sample.dtype)
+            stuck.append((moved == sample.abs()).float().mean())
+    return torch.stack(stuck).mean().item() if stuck else 0.0

@@ -1,0 +1,289 @@
+r"""Notation: many ways of writing an answer become one, before anything is compared.
+
+    "so it is **2√3 cm**。" ─ cleaned ──> "so it is 2 sqrt3 cm."   one alphabet, no emphasis
+    r"so it is \boxed{x²}." ─ stated ───> "x^{2}"                  the part that states the answer
+                              ├─ plain ──> "13 1/2 %", "5 km/h"     as one would type it: for reading
+                              └─ formula > r"e^{16}-\sqrt{2}"       as LaTeX: for math_verify
+
+All of it takes text to text and compares nothing: that is run/answers.py. What a model writes may be
+long and odd. So whole texts are only searched and translated, in linear time, and every finer rule
+sees at most LONGEST characters.
+
+To let another spelling count, add it to a table below.
+"""
+
+import re
+
+LONGEST = 500  # characters of an answer that is looked into
+
+# An alphabet -----------------------------------------------------------------------------------
+
+FUNCTIONS = ["sin", "cos", "tan", "cot", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan"]
+FUNCTIONS += ["log", "ln"]
+LETTERS = ["pi", "alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "rho"]
+LETTERS += ["sigma", "tau", "phi", "omega", "infty"]
+NAMES = {*FUNCTIONS, *LETTERS, "infinity", "inf", "oo", "sqrt", "cbrt", "exp", "abs"}
+
+WIDE = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # ！ to ～, as Chinese texts have them
+SPACES = dict.fromkeys("\u00a0\u2002\u2003\u2007\u2008\u2009\u200a\u202f\u3000", " ")
+INVISIBLE = dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
+SIGNS = {
+    **dict(zip("−‐‑﹣“”„‘’′。、，；：", "----\"\"\"'''.,,;:")),
+    **{"√": " sqrt", "∛": " cbrt", "π": r"\pi ", "∞": r"\infty ", "∅": r"\emptyset "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
+    **{"⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ", "±": r"\pm ", "∓": r"\mp "},
+    **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div "},
+    **{"°": r"^{\circ}", "º": r"^{\circ}", "≈": r"\approx ", "⁄": "/", "∕": "/", "∠": r"\angle "},
+    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}"},
+    **{
+        "【": "[",
+        "】": "]",
+        "〈": r"\langle ",
+        "〉": r"\rangle ",
+        "⟨": r"\langle ",
+        "⟩": r"\rangle ",
+    },
+}
+GREEK = dict(zip("αβγδεθλμρστφω", LETTERS[1:14]))
+GREEK = {sign: rf"\{name} " for sign, name in GREEK.items()}
+VULGAR = {"½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34", "⅕": "15", "⅖": "25", "⅗": "35"}
+VULGAR |= {"⅘": "45", "⅙": "16", "⅚": "56", "⅐": "17", "⅛": "18", "⅜": "38", "⅝": "58", "⅞": "78"}
+VULGAR |= {"⅑": "19", "⅒": "110"}
+VULGAR = {sign: rf"\frac{{{digits[0]}}}{{{digits[1:]}}}" for sign, digits in VULGAR.items()}
+ALPHABET = str.maketrans(WIDE | SPACES | INVISIBLE | SIGNS | GREEK | VULGAR)
+RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾", "0123456789+-ni()")
+LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ₍₎", "0123456789+-n()")
+# An en dash is a minus before a number that nothing stands before; in 5–7 it means "to".
+DASH = re.compile(r"(?:(?<=[\s(\[{=<>,;:$])–|^[–—])(?=\s*[\w.\\($])")
+# A word of another script needs no space around it: 答案是5个.
+SCRIPT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+# Emphasis, code and quotes, as in **18**; not the _ of a_{1}, nor the * of 2 * 3 * 4.
+MARKED = re.compile(
+    r"(?<![\w)}\]*_`])(\*{1,3}|_{1,3}|`{1,3}|[\"'])(?!\s)"
+    r"((?:(?!\1).){1,200})"
+    r"(?<!\s)\1(?![\w({\[])"
+)
+
+
+def cleaned(text: str) -> str:
+    """One alphabet, and no emphasis: `**７**` is 7, x² is x^{2}, a typographic minus a minus."""
+    if not text.isascii():
+        text = re.sub(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ⁽⁾]+", lambda m: f"^{{{m[0].translate(RAISED)}}}", text)
+        text = re.sub(r"[₀-₉₊₋ₙ₍₎]+", lambda m: f"_{{{m[0].translate(LOWERED)}}}", text)
+        text = text.translate(ALPHABET)
+        text = DASH.sub("-", text)
+        text = SCRIPT.sub(r" \g<0> ", text)
+    return MARKED.sub(r"\2", text).strip()
+
+
+# What states the answer ------------------------------------------------------------------------
+
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is skipped
+# A last line's "the answer is …" and "答案是 …".
+ANSWER = re.compile(
+    r"(?:(?<![\w</])answer(?:\s+is)?|答案(?:\s*[是为])?)\s*:?\s*(\S[^\n]{0,150})\Z", re.I
+)
+DOLLARS = re.compile(
+    r"(?<!\\)\${1,2}((?:[^$\\]|\\.)+)\${1,2}|\\[(\[]([^$\\]*(?:\\[^()\[\]][^$\\]*)*)\\[)\]]",
+    re.DOTALL,
+)
+# "$1$ and $2$" are two answers.
+JOINED = re.compile(r"(?:,|and|or|\$|\\\))\s*\Z")
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{} holds; several close to each other are a list, "1, 2"."""
+    contents, end = [], len(text)
+    while len(contents) < 10:
+        start = text.rfind("\\boxed", 0, end)
+        if start < 0:
+            break
+        found = braced(text[start + 6 : end])
+        # Far from the box behind it, an earlier one is not part of the same answer.
+        if found is None or (contents and not near(text[start + 6 + found[1] : end])):
+            break
+        if found[0] not in contents[:1]:
+            contents.insert(0, found[0])
+        end = start
+    return ", ".join(contents) if contents else None
+
+
+def near(between: str) -> bool:
+    """Whether two boxes are parts of one answer, by what stands between them."""
+    if len(between) < 10:
+        return True
+    listed = re.search(r"\b(?:and|or)\b|[,;]", between) and not re.search(r"[.!?]\s", between)
+    return len(between) < 70 and bool(listed)
+
+
+def braced(text: str) -> tuple[str, int] | None:
+    """What a text's first braces hold, and where they end."""
+    depth, start = 0, 0
+    for match in BRACE.finditer(text):
+        if depth == 0 and (match[0] != "{" or text[: match.start()].strip()):
+            return None
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 1 and start == 0:
+            start = match.end()
+        if depth == 0:
+            return text[start : match.start()].strip(), match.end()
+    return None
+
+
+def dollared(text: str) -> str | None:
+    r"""The formula of `so $x$.`, if it is the last and only thing that such a text states."""
+    text = text.rstrip(" .")
+    if "answer" in text[-300:].lower():  # math_verify looks behind that word first
+        return None
+    if not text.endswith(("$", "\\)", "\\]")):
+        return None
+    found = list(DOLLARS.finditer(text))
+    last = found[-1] if found else None
+    if (
+        last is None
+        or last.end() < len(text)
+        or JOINED.search(text[max(0, last.start() - 20) : last.start()])
+    ):
+        return None
+    return last[last.lastindex].strip()
+
+
+def announced(text: str) -> str | None:
+    """The rest of the line behind the last "the answer is"."""
+    last_line = text[-300:].rpartition("\n")[2].rstrip(" .")
+    match = ANSWER.search(last_line)
+    if not match:
+        return None
+    rest = match[1]
+    formula = DOLLARS.fullmatch(rest)
+    return announced(rest) or (formula and formula[formula.lastindex] or rest).strip()
+
+
+# As one would type it --------------------------------------------------------------------------
+
+STYLED = re.compile(
+    r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|bold)\s*"
+    r"\{((?:[^{}\\]|\\.)*)\}"
+)
+SPACING = re.compile(r"\\(?:[,;: ]|q?quad(?![A-Za-z]))|~")
+FRACTION = re.compile(r"\\frac\s*(?:\{\s*([^{}]*?)\s*\}|(\d))\s*(?:\{\s*([^{}]*?)\s*\}|(\d))")
+DIGITS_APART = re.compile(r"(?<=\d)(?:\\,|\\ |\\!|\{,\}|,\\!|~)(?=\d{3}(?!\d))")
+
+
+def tidied(text: str) -> str:
+    r"""LaTeX without what it has for looks alone: `\left( \dfrac12 \right)` is `( \frac12 )`."""
+    text = DIGITS_APART.sub(",", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])\s*|\\!", "", text)
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\varnothing|\\empty(?![a-z])|\\\{\s*\\\}", r"\\emptyset", text)
+    return text.strip()
+
+
+def plain(text: str) -> str:
+    r"""A short answer as one would type it: `13\tfrac12\text{ cm}` is `13 1/2 cm`."""
+    text = tidied(text)
+    for _ in range(2):  # \textbf{\text{…}}
+        text = STYLED.sub(r" \1 ", text)
+    text = SPACING.sub(" ", text)
+    text = re.sub(
+        r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\{\s*\\degree\s*\})|\\degree", " degrees ", text
+    )
+    text = re.sub(r"\\([$%])", r"\1", text)
+    text = FRACTION.sub(typed_fraction, text)
+    text = re.sub(r"\s+", " ", text).strip(" \"'")
+    text = re.sub(r"(?i)^(?:the )?(?:empty|null) set$", r"\\emptyset", text)
+    return re.sub(r"(?<=[^.])\.$", "", text).strip()
+
+
+def typed_fraction(match: re.Match) -> str:
+    above, below = match[1] or match[2] or "", match[3] or match[4] or ""
+    if not re.fullmatch(r"-?[\d,.]+", above) or not re.fullmatch(r"-?[\d,.]+", below):
+        return match[0]
+    return f" {above}/{below} "
+
+
+# As LaTeX --------------------------------------------------------------------------------------
+
+NAMED = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS + LETTERS)})(?![a-z])")
+INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])")
+# name( opens braces that its own ) closes
+OPENINGS = {
+    "sqrt": (r"\sqrt{", "}"),
+    "cbrt": (r"\sqrt[3]{", "}"),
+    "exp": ("e^{", "}"),
+    "abs": ("|", "|"),
+    "^": ("^{", "}"),
+    "": ("(", ")"),
+}
+CALL = re.compile(r"(?:(?<![A-Za-z\\])\\?(sqrt|cbrt|exp|abs)|(\^))?\s*\(|\)")
+BARE_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])|\\pi)")
+BARE_CUBE_ROOT = re.compile(r"(?<![\\A-Za-z])cbrt\s*(\d+|[A-Za-z](?![A-Za-z]))")
+TYPED = [
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<!\^)(?<!\{)\*"), r" \\cdot "),
+    (re.compile(r"<=|=<"), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
+    (re.compile(r"!=|/="), r"\\ne "),
+    (re.compile(r"\+/-"), r"\\pm "),
+    (re.compile(r"(?<!\\)%"), r"\\%"),
+    (re.compile(r"(?<=[)\]}])\s*[Uu]\s*(?=[(\[{\\])"), r"\\cup "),
+    (re.compile(r"(?<=[A-Za-z])\s+in\s+(?=[(\[\\])"), r" \\in "),
+    (re.compile(r"\\exp\s*\{"), "e^{"),
+    (re.compile(r"(?<=[\d)}])i(?![A-Za-z])"), " i"),  # math_verify takes the i of 2i for a name
+    # 2e-1 is 2e - 1
+    (
+        re.compile(r"(?<![\w\\.])(\d*\.\d+|1|\d+(?=e\d|e-[4-9]|e-\d\d))e([+-]?\d{1,3})(?![\w.])"),
+        r"\1 \\cdot 10^{\2}",
+    ),
+    (re.compile(r"\^\s*(-\d+|-?\d+\.\d+)"), r"^{\1}"),
+    (re.compile(r"\\\$\s*"), ""),
+]
+
+
+def formula(text: str) -> str:
+    r"""A formula as LaTeX, however it was typed: `2*sqrt(3) - exp(x)` is `2 \cdot \sqrt{3} - e^{x}`."""
+    if len(text) > LONGEST:
+        return text
+    text = tidied(text)
+    for pattern, typed in TYPED:
+        text = pattern.sub(typed, text)
+    text = INFINITY.sub(r"\\infty ", text)
+    text = NAMED.sub(r"\\\1 ", text)
+    text = BARE_ROOT.sub(r"\\sqrt{\1}", BARE_CUBE_ROOT.sub(r"\\sqrt[3]{\1}", text))
+    return called(text).strip()
+
+
+def called(text: str) -> str:
+    """sqrt(…), exp(…), abs(…) and ^(…) with the braces that LaTeX wants, one in another or not."""
+    closing, out, done = [], [], 0
+    for match in CALL.finditer(text):
+        out.append(text[done : match.start()])
+        done = match.end()
+        if match[0] == ")":
+            out.append(closing.pop() if closing else ")")
+        else:
+            opens, closes = OPENINGS[match[1] or match[2] or ""]
+            out.append(opens)
+            closing.append(closes)
+    if any(closes != ")" for closes in closing):  # not balanced: as it was
+        return text
+    return "".join(out) + text[done:]
+
+
+# What looks like a word and is mathematics.
+COMMAND = re.compile(
+    r"\\(?:text|mathrm|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:and|or)\b"
+)
+# "so" is a word, "kg" and "2xy" are not.
+WORD = re.compile(r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)")
+
+
+def is_bare_formula(text: str) -> bool:
+    """Whether this is mathematics without delimiters: more than a number, and no words."""
+    if len(text) > LONGEST:
+        return False
+    if re.search(r"\n|(?<!\\)\$|\\[(\[]|\\boxed", text):
+        return False
+    if not re.search(r"[A-Za-z\\^_{}()\[\]=<>,;:!]", text):
+        return False
+    return not WORD.search(COMMAND.sub(" ", text))

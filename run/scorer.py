@@ -1,0 +1,71 @@
+"""A reward model without its weights: whether it can score the prompts and completions of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from data import UsageError, one_line
+from run import models
+
+
+def check(path: str) -> "Checked":
+    """UsageError if a folder or hub id is no sequence classifier with one output and a template."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        missing = missing_head(path, config)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--reward_model {path}: cannot be read: {one_line(error)}") from error
+    if config.num_labels != 1:
+        problem = f"has {config.num_labels} outputs; a model with one is needed"
+        raise UsageError(f"--reward_model {path}: {problem}")
+    if missing:
+        raise UsageError(f"--reward_model {path}: its weights lack {', '.join(missing)}")
+    if not tokenizer.chat_template:
+        raise UsageError(f"--reward_model {path}: its tokenizer has no chat template")
+    return Checked(path, tokenizer, models.context_of(config))
+
+
+@dataclass
+class Checked:
+    """A reward model whose weights nobody has read yet."""
+
+    path: str
+    tokenizer: object
+    context: float  # tokens that it reads
+
+    def check_prompts(self, prompts: list, longest_completion: int) -> None:
+        """UsageError if its template refuses a chat of these, or if one may be too long for it."""
+        reply = {"role": "assistant", "content": ""}
+        longest = 0
+        for prompt in prompts:
+            try:
+                ids = self.tokenizer.apply_chat_template([*prompt, reply], return_dict=False)
+            except Exception as error:  # what a template may raise: "System role not supported"
+                problem = f"its chat template refuses a prompt: {one_line(error)}"
+                raise UsageError(f"--reward_model {self.path}: {problem}") from error
+            longest = max(longest, len(ids))
+        if longest + longest_completion > self.context:
+            raise UsageError(
+                f"--reward_model {self.path}: reads {self.context} tokens; a prompt of {longest} "
+                f"and --max_completion_length {longest_completion} are more; shorter ones work"
+            )
+
+
+def missing_head(path: str, config) -> list[str]:
+    """The weights of a classifier's head, if a local folder's files lack them all.
+
+    They are read from the files' headers alone.
+    """
+    there = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            there.update(weights.keys())
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    body = f"{model.base_model_prefix}."
+    head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
+    return head if there and there.isdisjoint(head) else []
