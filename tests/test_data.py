@@ -265,7 +265,8 @@ def test_system_is_text_or_a_file(tmp_path, monkeypatch):
         "a\0b",
     ):
         assert readers.read_system(text) == text
-    assert readers.read_system(None) is None and readers.read_system("") is None
+    # "" is no system turn at all, not even the built-in tasks' own.
+    assert readers.read_system(None) is None and readers.read_system("") == ""
 
 
 def test_a_system_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -335,7 +336,7 @@ def test_bad_rows_are_one_line_with_flag_and_value(write, content, count, expect
 
 
 def test_without_a_reader_of_files_jsonl_and_built_in_tasks_are_what_there_is(tmp_path):
-    for name in ("gsm8k", "", "#5", "rows.csv", "some/where"):
+    for name in ("gsm8k", "", "#5", "rows.xlsx", "some/where"):
         message = (
             f"--dataset {name}: no such dataset; arithmetic, arithmetic-test or a .jsonl file works"
         )
@@ -454,9 +455,8 @@ def test_a_tokenizer_without_a_template_or_with_a_stricter_one_is_one_line(token
     other.chat_template = "{{ raise_exception('System role not supported') }}"
     for count in (1, 2):
         message = error_of(data.encode, rows, other, map=map_in_processes(count))
-        assert (
-            message == "--model gpt2: its chat template refuses a prompt: system role not supported"
-        )
+        refused = "its chat template refuses a prompt: system role not supported"
+        assert message == f"--model gpt2: {refused}; --system '', without a system turn, may work"
 
 
 # Splitting --------------------------------------------------------------------------------------

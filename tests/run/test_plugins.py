@@ -275,7 +275,11 @@ def test_every_column_reaches_every_reward_that_is_checked(make):
     columns = {"solution": ["1", "2"], "level": [None, 5]}
     run(make("look"), ["a", "b"], [[1], [2, 3]], step=7, prompts=prompts, **columns)
     given = {"completions": ["a", "b"], "completion_ids": [[1], [2, 3]], "step": 7}
-    assert seen == columns | given | {"prompts": prompts}
+    state = seen.pop("trainer_state")
+    assert state.global_step == 6 and state.max_steps is None
+    replies = [[*p, {"role": "assistant", "content": c}] for p, c in zip(prompts, "ab")]
+    swifts = {"messages": replies, "response_token_ids": [[1], [2, 3]]}
+    assert seen == columns | given | {"prompts": prompts} | swifts
 
 
 def test_numbers_of_any_library_are_rewards(make):
