@@ -13,6 +13,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     answers.py      what counts as an equal answer
     notation.py     many ways of writing an answer become one
     quantities.py   numbers with units, read exactly
+    intervals.py    inequalities and brackets, read as the same parts
     judge.py        a process that compares answers, and that no answer can hang
     placement.py    what vLLM's flags mean: its device, its settings
     engine.py       vLLM in a process of its own, which all ranks call

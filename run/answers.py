@@ -23,8 +23,7 @@ r"""Answers: what counts as equal. math_verify compares formulas; what it misrea
 | `2516_8`, `2516_{8}`; `2516` if `2516_8` is asked | `2516_9`; `1358`, if `2516_8` is asked       |
 | `x=5`, `5`; `y=2x`, `2x`                         | `x=5` and `y=5`; `5t` and `5`                |
 
-How an answer may be spelt is in run/notation.py, who calls this in run/judge.py. rewards.verify is
-the plain version; both agree on ordinary answers.
+How an answer may be spelt is in run/notation.py. rewards.verify is the plain version of this.
 """
 
 import functools
@@ -32,6 +31,7 @@ import re
 from contextlib import suppress
 
 from rewards import RIGHT, UNREADABLE, WRONG
+from run.intervals import pieces
 from run.notation import (
     LONGEST,
     NAMES,
@@ -41,6 +41,7 @@ from run.notation import (
     dollared,
     formula,
     is_bare_formula,
+    is_prose,
     plain,
 )
 from run.quantities import decimal, decimals, number, same_number
@@ -63,7 +64,7 @@ SEVERAL = re.compile(
     r"[+-]?\$?[0-9][0-9,.]*(?<!,)"
     r"(?:[\s=…][\s=….]*[+-]?\$?[0-9][0-9,.]*(?<!,))+"
 )
-# math_verify would read a number in `5 hours 30 minutes`, and the 5 of `5t` and `5 squared`.
+# math_verify would read `5 hours 30 minutes` as a number, and the 5 of `5t`.
 COMPOUND = re.compile(r"-?[0-9][0-9.,]* ?[A-Za-z]+(?:,? (?:and )?[0-9][0-9.,]* ?[A-Za-z]+)+")
 ALTERED = re.compile(
     r"-?[0-9][0-9.,]*(?:(?![gmshloLVWJNKCF])[A-Za-z]| (?:squared|cubed|factorial|halves|thirds|"
@@ -131,11 +132,10 @@ def read_verdict(answer: str, reference: str) -> str | None:
         return RIGHT
     if max(len(answer), len(reference)) > LONGEST:
         return WRONG if SEVERAL.fullmatch(answer) else None
-    for verdict in (letter_verdict, base_verdict, number_verdict, word_verdict):
-        said = verdict(answer, reference)
-        if said is not None:
-            return said
-    return None
+    said = letter_verdict(answer, reference)
+    if said is None and not is_prose(answer):
+        said = base_verdict(answer, reference) or number_verdict(answer, reference)
+    return said or word_verdict(answer, reference)
 
 
 def letter_verdict(answer, reference):
@@ -226,21 +226,13 @@ def typed(text: str) -> str:
 
 def verdict(answer: str, reference: str) -> str:
     """The verdict where none is quick, without a time limit: math_verify may never return."""
-    said = parts_verdict(stated(answer)[0], stated(reference)[0])
+    said = None
+    if decimal(reference) is None:
+        said = parts_verdict(stated(answer)[0], stated(reference)[0])
     return said or formula_verdict(answer, reference)
 
 
 # Intervals and points, part by part ------------------------------------------------------------
-
-RELATION = re.compile(r"\s*(\\[lg](?:eq?|eqslant|t)(?![A-Za-z])|[<>])\s*")
-VARIABLE = re.compile(r"(?:[A-Za-z]|\\(?:theta|alpha|beta|lambda|mu|phi))(?:_\{?\w\}?)?")
-MEMBER = re.compile(r"([A-Za-z])\s*\\in(?![a-z])\s*")
-UNION = re.compile(r"\\cup(?![a-z])|\\text\s*\{\s*or\s*\}|(?<![A-Za-z])or(?![A-Za-z])")
-BRACKET = re.compile(r"\\[{}]|[()\[\]{},]")
-REALS = re.compile(
-    r"\\mathbb\s*\{?\s*R\s*\}?|(?:all|the) real(?: number)?s|\\text\{all real numbers\}"
-)
-EVERYTHING = ("(", [r"-\infty", r"\infty"], ")")
 
 
 def parts_verdict(answer: str, reference: str) -> str | None:
@@ -265,69 +257,6 @@ def parts_verdict(answer: str, reference: str) -> str | None:
             return WRONG
         left.remove(match)
     return RIGHT
-
-
-def pieces(text: str):
-    """Brackets as (opening, parts, closing), and the variables that the text names, if it does."""
-    text = formula(text)
-    names = set()
-    if match := MEMBER.match(text):
-        names.add(match[1])
-        text = text[match.end() :]
-    if REALS.fullmatch(text.strip()):
-        return [EVERYTHING], names
-    found = []
-    for part in UNION.split(text):
-        piece = bracketed(part.strip()) or inequality(part.strip(), names)
-        if piece is None:
-            return None
-        found.append(piece)
-    return (found, names) if len(found) <= 10 and len(names) < 2 else None
-
-
-def bracketed(text: str):
-    """`(1, 2]` as "(", ["1", "2"], "]"."""
-    opening = re.match(r"\\\{|[(\[]", text)
-    if not opening:
-        return None
-    parts, depth, start = [], 0, opening.end()
-    for match in BRACKET.finditer(text):
-        if match[0] == ",":
-            if depth == 1:
-                parts.append(text[start : match.start()].strip())
-                start = match.end()
-            continue
-        depth += 1 if match[0] in ("(", "[", "{", r"\{") else -1
-        if depth == 0 and match.end() < len(text):
-            return None
-    if depth or len(parts) < 1 or match[0] not in (")", "]", r"\}"):
-        return None
-    parts.append(text[start : match.start()].strip())
-    return (opening[0], parts, match[0]) if all(parts) else None
-
-
-def inequality(text: str, names: set):
-    """`0 < x \\le 3` as (0, 3]; adds x to the names."""
-    split = RELATION.split(text)
-    sides, relations = split[::2], split[1::2]
-    upward = ["<" in relation or relation.startswith(r"\l") for relation in relations]
-    if len(sides) not in (2, 3) or len(set(upward)) != 1:
-        return None
-    if not upward[0]:  # 3 > x is x < 3
-        sides, relations = sides[::-1], relations[::-1]
-    closed = ["e" in relation for relation in relations]
-    if len(sides) == 2:
-        if bool(VARIABLE.fullmatch(sides[0])) == bool(VARIABLE.fullmatch(sides[1])):
-            return None
-        if VARIABLE.fullmatch(sides[0]):
-            sides, closed = [r"-\infty", *sides], [False, *closed]
-        else:
-            sides, closed = [*sides, r"\infty"], [*closed, False]
-    low, name, high = sides
-    if not VARIABLE.fullmatch(name) or not low or not high:
-        return None
-    names.add(name)
-    return "[" if closed[0] else "(", [low, high], "]" if closed[1] else ")"
 
 
 def same_piece(a, b) -> bool:
@@ -391,6 +320,8 @@ def for_math_verify(text: str) -> str:
     content, is_formula = stated(text)
     if is_formula:
         return f"\\boxed{{{formula(content)}}}"
-    if decimal(content) is None and is_bare_formula(formula(content)):
-        return f"${formula(content)}$"
+    if decimal(content) is None and not is_prose(content):
+        as_formula = formula(content)
+        if is_bare_formula(as_formula):
+            return f"${as_formula}$"
     return re.sub(r"\\\$\s*(?=[0-9.])", "", content)

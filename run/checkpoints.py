@@ -21,14 +21,14 @@ from typing import Annotated
 
 import torch
 import torch.distributed as torch_dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import dist
 import lora
-from data import UsageError
+from data import UsageError, one_line
 
 # Flags that may change from a run to the one that resumes it without a word.
 NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
@@ -46,6 +46,10 @@ class Options:
     resume_from_checkpoint: Annotated[
         str | None, "checkpoint folder, or true for the newest in output_dir"
     ] = None
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written: one line, the same on every rank."""
 
 
 @dataclass
@@ -144,21 +148,32 @@ def move_away(paths: list[Path], folder: Path, what: str) -> None:
 
 
 def save(args, world, model, tokenizer, optimizer, progress: Progress) -> None:
-    """Write checkpoint-<step>. A collective call: every rank gives its part of the state."""
+    """Write checkpoint-<step>. A collective call: every rank gives its part of the state.
+
+    SaveError on every rank where it cannot be written; earlier checkpoints stay as they are.
+    """
     state = optimizer_state(optimizer)
+    problem = None
     if world.is_main:
         folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_model(args, model, state, unfinished)
-        tokenizer.save_pretrained(unfinished)
-        save_file(state, unfinished / "optimizer.safetensors")
-        (unfinished / "trainer_state.json").write_text(json.dumps(asdict(progress)) + "\n")
-        unfinished.rename(folder)  # a checkpoint that is there is whole
-        if args.save_total_limit:
-            for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
-                shutil.rmtree(old)
-    world.barrier()
+        try:
+            save_model(args, model, state, unfinished)
+            tokenizer.save_pretrained(unfinished)
+            save_file(state, unfinished / "optimizer.safetensors")
+            (unfinished / "trainer_state.json").write_text(json.dumps(asdict(progress)) + "\n")
+            unfinished.rename(folder)  # a checkpoint that is there is whole
+        except (OSError, SafetensorError) as error:  # no room, no right to write
+            shutil.rmtree(unfinished, ignore_errors=True)
+            problem = f"--output_dir {args.output_dir}: {folder.name} could not be written"
+            problem += f" ({one_line(error)})"
+    problem = world.from_main(problem)
+    if problem:
+        raise SaveError(problem)
+    if world.is_main and args.save_total_limit:
+        for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
+            shutil.rmtree(old)
 
 
 def save_model(args, model, state: dict[str, Tensor], folder: Path) -> None:

@@ -278,6 +278,15 @@ COMMAND = re.compile(
 WORD = re.compile(r"[A-Za-z]{3}|(?<!\S)(?=.?[AEIOUaeiou])[A-Za-z]{2}(?!\w)")
 
 
+PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}(?: [A-Za-z]{2,}){2}")
+
+
+def is_prose(text: str) -> bool:
+    """Three words in a row: told sooner than what `formula` would make of it."""
+    words = PROSE.search(text)
+    return words is not None and NAMES.isdisjoint(words[0].split())
+
+
 def is_bare_formula(text: str) -> bool:
     """Whether this is mathematics without delimiters: more than a number, and no words."""
     if len(text) > LONGEST:

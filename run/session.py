@@ -2,7 +2,7 @@
 
 told what is wrong     status   who
 a flag, a file, data   2        said once, or once on each node before the ranks have met
-a reward, a sampler, a gradient that is not finite
+a reward, a sampler, a checkpoint, a gradient that is not finite
                        1        with how to go on from the last checkpoint
 another rank is lost   1        every rank, by the watch (run/watch.py)
 Ctrl-C                 130
@@ -23,7 +23,7 @@ import dist
 from data import UsageError
 from rewards import RewardError
 from run import flags, watch
-from run.checkpoints import how_to_resume
+from run.checkpoints import SaveError, how_to_resume
 from run.log import say
 from sampler import SamplerError
 
@@ -60,7 +60,7 @@ def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
             watcher.close(watcher.DONE)
     except UsageError as error:
         flags.fail(str(error))
-    except (RewardError, SamplerError, FloatingPointError) as error:
+    except (RewardError, SamplerError, SaveError, FloatingPointError) as error:
         flags.fail(f"{error}; {how_to_resume(args)}", status=1)
     except KeyboardInterrupt:
         flags.fail(f"interrupted; {how_to_resume(args)}", status=130)

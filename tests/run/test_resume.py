@@ -1,8 +1,11 @@
 """Stop and resume: a run that goes on is the run that never stopped."""
 
+import resource
+
 import pytest
 import torch
 from conftest import checkpoint_weights, flags_for, read_metrics, timeless, train_here
+from processes import run_forked
 from safetensors.torch import load_file
 
 
@@ -111,3 +114,28 @@ def test_a_lora_checkpoint_loads_with_peft(model_folder, plugin, tmp_path):
     before = base(ids).logits.clone()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "checkpoint-1")
     assert not torch.equal(adapted(ids).logits, before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one_and_is_told(
+    ranks, model_folder, plugin, tmp_path
+):
+    """No room, here by a limit on the size of files that lies between a checkpoint's and a log's."""
+    out = tmp_path / "out"
+    flags = flags_for(model_folder, plugin, out, train_type="full", save_steps=1, max_steps=1)
+    train_here(*flags)
+    before = checkpoint_weights(out / "checkpoint-1")
+    kept, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit))  # which the ranks inherit
+    more = ["--max_steps", 2, "--resume_from_checkpoint", "true"]
+    more += ["--per_device_train_batch_size", 16 // ranks]
+    try:
+        said = run_forked([*flags, *more], ranks, tmp_path / "ranks", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kept, limit))
+    line = f"train.py: --output_dir {out}: checkpoint-2 could not be written ("
+    assert said.count(line) == 1 and "Traceback" not in said, said
+    assert f"goes on from {out / 'checkpoint-1'}" in said
+    assert not list(out.glob("checkpoint-2*"))
+    for name, value in checkpoint_weights(out / "checkpoint-1").items():
+        assert torch.equal(value, before[name])
