@@ -95,20 +95,17 @@ BUILTINS = {
 
 
 def read_plain(source: str, flag: str, num_proc: int | None) -> list[dict]:
-    """The rows of a built-in task or of a file: the least that a reader does.
+    """The rows of a built-in task, a jsonl or a parquet file: the least that a reader does.
 
     `load_rows` takes any function from these three to a table: rows by index, and their number.
     """
     if source in BUILTINS:
         return BUILTINS[source]()
-    kind = source.rpartition(".")[2]
-    if kind in ("json", "csv", "parquet"):
-        import datasets
-
-        return datasets.load_dataset(kind, data_files=source, split="train")
-    if kind != "jsonl":
+    if source.endswith(".parquet"):
+        return read_parquet(source)
+    if not source.endswith(".jsonl"):
         known = ", ".join(BUILTINS)
-        raise ValueError(f"no such dataset; {known} or a .jsonl file works")
+        raise ValueError(f"no such dataset; {known}, a .jsonl or a .parquet file works")
     text = Path(source).read_text(encoding="utf-8-sig")  # sig: a mark that some editors put first
     rows = []
     # Not splitlines: it would break a row at a \u2028 within its text.
@@ -119,6 +116,12 @@ def read_plain(source: str, flag: str, num_proc: int | None) -> list[dict]:
             except (TypeError, ValueError) as error:  # an object alone unpacks
                 raise ValueError(f"line {number} is not an object of JSON") from error
     return rows
+
+
+def read_parquet(source: str | Path) -> list[dict]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(source).to_pylist()
 
 
 # From rows to prompts ---------------------------------------------------------------------------
@@ -242,7 +245,7 @@ def _reference(row):
 
 
 def text_of(value) -> str:
-    """What a person would write: of 1e-05 and 1e+16, which Python does, 0.00001 and 10000000000000000."""
+    """A number as a person writes it: 0.00001, where Python has 1e-05."""
     if isinstance(value, float) and math.isfinite(value):
         return format(decimal.Decimal(repr(value)), "f")
     return str(value)
@@ -291,19 +294,22 @@ def encode(
     return kept, len(rows) - len(kept)
 
 
-def opening(tokenizer, template=None) -> str:
+def opening(tokenizer, prompt: list[dict], template=None) -> str:
     """What the chat template opens behind the assistant's header, such as the "<think>" of R1's
     distills: it is in the prompt, and part of the answer.
 
-    The header is what stands in front of what the assistant has said earlier.
+    prompt: one that `encode` has taken. The header is what stands in front of what the assistant has
+    said earlier.
     """
     mark = "what the assistant says"
-    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": mark}
+    earlier = [*prompt, {"role": "assistant", "content": mark}, prompt[-1]]
     settings = {"tokenize": False, **(template or {})}
-    asked = tokenizer.apply_chat_template([user], add_generation_prompt=True, **settings)
-    said = tokenizer.apply_chat_template([user, assistant, user], **settings)
-    header = said.partition(mark)[0]
-    if asked.startswith(header):
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)
+    try:
+        header = tokenizer.apply_chat_template(earlier, **settings).partition(mark)[0]
+    except Exception:  # what a template may raise that takes no second question
+        header = None
+    if header and asked.startswith(header):
         return asked.removeprefix(header)
     tag = re.search(r"<\w+>\s*(</\w+>\s*)?$", asked)  # the header of the last turn is another one
     return tag[0] if tag else ""

@@ -231,7 +231,7 @@ class RewardModel:
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right")
         # The score is read at a row's last token that is no padding: of what it was trained with.
         config = model.config.get_text_config()
-        if config.pad_token_id is not None:
+        if config.pad_token_id in range(len(self.tokenizer)):  # some say -1
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
         elif self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

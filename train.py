@@ -210,8 +210,8 @@ class Run:
     silent: set[int] = frozenset()  # tokens that end or pad
 
     def texts(self, completions: list[Completion]) -> list[str]:
-        """Completions as the model's answers: with what their prompts have opened of them, and with
-        special tokens, which may be tags, but those that end them."""
+        """Completions as the model's answers, with what their prompts have opened of them. Special
+        tokens stay, since they may be tags; those that end or pad are left out."""
         said = []
         for done in completions:
             said.append([token for token in done.ids if token not in self.silent])

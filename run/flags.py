@@ -253,7 +253,9 @@ def check_split(args: argparse.Namespace) -> None:
     if ratio == data.Options().split_dataset_ratio:
         return
     if args.val_dataset:
-        raise UsageError(f"--split_dataset_ratio {ratio}: --val_dataset has the rows; one works")
+        raise UsageError(
+            f"--split_dataset_ratio {ratio}: --val_dataset has the rows; one of the two works"
+        )
     if not evaluates(args):
         works = "--eval_steps N or --eval_on_start true works"
         raise UsageError(f"--split_dataset_ratio {ratio}: nothing evaluates on that share; {works}")

@@ -6,6 +6,7 @@ row (a counter: when it has risen), and once. To watch for another, add a functi
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -69,34 +70,21 @@ def without_gradient(steps: Steps) -> str | None:
     )
 
 
-def unreadable(steps: Steps) -> str | None:
-    count = steps[-1].get("rewards/accuracy/unparseable_references", 0)
-    if not count:
-        return None
-    return (
-        f"rewards/accuracy/unparseable_references is {count:g}: accuracy cannot read these "
-        "references and gives 0.0; a column solution that holds the answer alone helps (--dataset)"
-    )
+RISEN = {  # a counter → what it means
+    "rewards/accuracy/unparseable_references": "accuracy cannot read these references and gives 0.0; "
+    "a column solution that holds the answer alone helps (--dataset)",
+    "rewards/accuracy/timeouts": "comparing these answers took too long and gave 0.0; "
+    "a larger --accuracy_timeout helps if they are right ones",
+    "rewards/accuracy/crashes": "comparing these answers ended a process and gave 0.0; "
+    "shorter ones (--max_completion_length) help",
+    "rewards/unscored": "no reward applied to these completions, which earned 0.0; "
+    "rows with references (--dataset), or another of --reward_funcs, helps",
+}
 
 
-def timeouts(steps: Steps) -> str | None:
-    count = steps[-1].get("rewards/accuracy/timeouts", 0)
-    if not count:
-        return None
-    return (
-        f"rewards/accuracy/timeouts is {count:g}: comparing these answers took too long and gave "
-        "0.0; a larger --accuracy_timeout helps if they are right ones"
-    )
-
-
-def unscored(steps: Steps) -> str | None:
-    count = steps[-1].get("rewards/unscored", 0)
-    if not count:
-        return None
-    return (
-        f"rewards/unscored is {count:g}: no reward applied to these completions, which earned "
-        "0.0; rows with references (--dataset), or another of --reward_funcs, helps"
-    )
+def risen(name: str, steps: Steps) -> str | None:
+    count = steps[-1].get(name, 0)
+    return f"{name} is {count:g}: {RISEN[name]}" if count else None
 
 
 def drifting(steps: Steps) -> str | None:
@@ -110,7 +98,7 @@ def drifting(steps: Steps) -> str | None:
 
 
 CAUSES = [equal_groups, cut_short, without_entropy, without_gradient]
-CAUSES += [unreadable, timeouts, unscored]
+CAUSES += [partial(risen, name) for name in RISEN]
 
 
 class Health:

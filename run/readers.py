@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path
 
-from data import BUILTINS, UsageError, either, one_line
+from data import BUILTINS, UsageError, either, one_line, read_parquet
 
 JSON_WORKS = "an object a line, or one list of them, works"
 
@@ -77,12 +77,6 @@ def read_csv(path: Path) -> list[dict]:
         if None in row:  # where DictReader puts what the header has no name for
             raise ValueError(f"row {number} has more fields than the header")
     return rows
-
-
-def read_parquet(path: Path) -> list[dict]:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def read_hub(source: str, flag: str, num_proc: int | None):

@@ -337,9 +337,7 @@ def test_bad_rows_are_one_line_with_flag_and_value(write, content, count, expect
 
 def test_without_a_reader_of_files_jsonl_and_built_in_tasks_are_what_there_is(tmp_path):
     for name in ("gsm8k", "", "#5", "rows.xlsx", "some/where"):
-        message = (
-            f"--dataset {name}: no such dataset; arithmetic, arithmetic-test or a .jsonl file works"
-        )
+        message = f"--dataset {name}: no such dataset; arithmetic, arithmetic-test, a .jsonl or a .parquet file works"
         assert error_of(data.load_rows, [name]) == message
     gone = tmp_path / "gone.jsonl"
     assert (

@@ -19,6 +19,7 @@ ILL = {  # what a step tells → the flag that is named
     "gradient": ({"grad_norm": 0.0}, "--target_modules"),
     "references": ({"rewards/accuracy/unparseable_references": 3.0}, "--dataset"),
     "timeouts": ({"rewards/accuracy/timeouts": 1.0}, "--accuracy_timeout"),
+    "crashes": ({"rewards/accuracy/crashes": 1.0}, "--max_completion_length"),
     "unscored": ({"rewards/unscored": 2.0}, "--reward_funcs"),
     "drift": ({"sampler/logp_diff": 0.2}, "float32"),
 }

@@ -54,6 +54,8 @@ def padding(folder: Path, kind: str) -> str:
     elif kind == "end of sequence":
         tokenizer.pad_token, tokenizer.eos_token = None, "."
         config.pad_token_id = None
+    elif kind == "none that exists":
+        config.pad_token_id = -1
     elif kind == "the model's own":  # [UNK], which the tokenizer knows nothing of
         config.pad_token_id = 0
     tokenizer.save_pretrained(path)
@@ -61,7 +63,9 @@ def padding(folder: Path, kind: str) -> str:
     return path
 
 
-@pytest.mark.parametrize("kind", ["none", "end of sequence", "the model's own", "stated"])
+@pytest.mark.parametrize(
+    "kind", ["none", "none that exists", "end of sequence", "the model's own", "stated"]
+)
 def test_a_score_does_not_depend_on_what_lies_beside_it(kind, tmp_path):
     model = RewardModel(padding(tmp_path / "model", kind), torch.float32, "cpu")
     prompts = [[{"role": "user", "content": "good " * n}] for n in (1, 17, 6)]

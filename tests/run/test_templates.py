@@ -54,7 +54,18 @@ OPENINGS = [
 @pytest.mark.parametrize(("template", "more", "opened"), OPENINGS)
 def test_what_a_template_opens_is_told_from_its_header(template, more, opened, own_tokenizer):
     own_tokenizer.chat_template = template
-    assert data.opening(own_tokenizer, more) == opened
+    user = {"role": "user", "content": "a"}
+    assert data.opening(own_tokenizer, [user], more) == opened
+
+
+def test_a_template_that_takes_one_question_alone_opens_what_its_prompt_ends_in(own_tokenizer):
+    """And one that insists on a system turn is asked with a prompt that has one."""
+    one = "{% if messages|length > 2 %}{{ raise_exception('one question') }}{% endif %}"
+    system = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    for strict in (one, system, one + system):
+        own_tokenizer.chat_template = strict + CHATML.replace("OPENED", "<think>\n")
+        assert data.opening(own_tokenizer, prompt) == "<think>\n"
 
 
 @pytest.mark.parametrize("special", [(), ("<think>", "</think>"), ("<answer>", "</answer>")])
