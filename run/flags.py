@@ -387,12 +387,11 @@ def fail(message: str, status: int = 2):
 
 
 def write_line(line: str) -> None:
-    """A line of its own on stderr, also below a progress bar."""
-    if bars := sys.modules.get("tqdm"):
-        bars.tqdm.write(line, file=sys.stderr)
-    else:
-        print(line, file=sys.stderr)
-    sys.stderr.flush()
+    """The last line, on stderr: a progress bar that is on the way is closed above it."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()  # or it would show itself once more, below
+    print(line, file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:

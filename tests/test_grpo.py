@@ -2,6 +2,7 @@
 closed forms; log-probabilities against one sequence at a time."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -353,6 +354,23 @@ def test_k3_is_zero_at_equality_positive_elsewhere_and_unbiased():
     assert (grpo.k3(p, q) > 0).all()
     expected = (p.exp() * (p - q)).sum()
     torch.testing.assert_close((p.exp() * grpo.k3(p, q)).sum(), expected)
+
+
+@pytest.mark.parametrize("gap", [11.0, 100.0, 1e4])
+def test_an_absurd_token_leaves_the_loss_finite_counts_once_and_pulls_no_more(gap):
+    """The reference finds one of four tokens e^gap times as likely."""
+    logps = torch.full((2, 2), -1.0)
+    logps[0, 0] -= gap
+    logps.requires_grad_()
+    ref = torch.full((2, 2), -1.0)
+    ref[1, 1] = -1.5
+    batch = (logps, torch.zeros(2, 2), logps.detach(), ref, torch.zeros(2), torch.ones(2, 2))
+    sizes = grpo.Normalizers(completions=2, tokens=4, longest=2)
+    loss, metrics = grpo.grpo_loss(*batch, options=grpo.Options(beta=0.04), normalizers=sizes)
+    loss.backward()
+    assert metrics["kl_bounded"] == 0.25
+    assert torch.isfinite(loss) and loss < 0.04 * math.exp(10)
+    assert logps.grad[0, 0] == 0 and logps.grad[1, 1] != 0
 
 
 def test_importance_weights_turn_samples_of_one_policy_into_means_under_another():
