@@ -311,7 +311,10 @@ def leading_zeros(expression) -> float:
 def parse_answer(text: str) -> list:
     r"""What math_verify reads in a text: sympy's expressions and the strings they come from."""
     from math_verify import parse
+    from sympy import Integer
 
+    if re.fullmatch("-?(0|[1-9][0-9]{0,14})", text):  # as most references are; sympy takes a ms
+        return [Integer(text), text]
     return parse(for_math_verify(text), extraction_mode="first_match", parsing_timeout=None)
 
 
