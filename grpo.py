@@ -1,4 +1,4 @@
-"""The GRPO objective: advantages, the clipped loss, log-probabilities.
+"""The GRPO objective and its family: advantages, the clipped loss, log-probabilities.
 
 DeepSeekMath (arXiv 2402.03300), equations 3 and 4. For one prompt the policy samples a group of G
 completions o_1 … o_G, which earn the rewards r_1 … r_G. There is no value network: the group
@@ -14,21 +14,32 @@ i counts completions and t the tokens of one. On a fresh batch every ρ is 1, so
 advantage with its sign changed plus β·KL: close to zero, whatever the model has learned. Its
 gradient is not. Left out: rewards for the steps of a solution (process supervision).
 
-To try a new idea, change the function that it belongs to. The published ones are a line or two
-(tests/test_grpo.py, `PEER`, compares with them):
+The family is what these flags make of it. They combine freely; docs/family.md tells how to choose.
 
-    Dr. GRPO (2503.20783)   group_advantages without the std; aggregate: Σ / (completions · longest)
-    RLOO (2402.14740)       group_advantages: (r_i - mean) · G / (G - 1), without the std
-    DAPO (2503.14476)       aggregate: Σ / tokens; objective: an upper ε of its own
-    GSPO (2507.18071)       objective: one ratio, exp(mean over tokens of log ρ)
-    CISPO (2506.13585)      objective: detach(min(ρ, ε_high)) · A · logp; aggregate as DAPO
-    entropy bonus           objective: + coefficient · entropies; has_gradient: every completion
+    name           arXiv       what it changes                         flags
+    RLOO           2402.14740  A: r less the mean of the others        advantage_estimator rloo
+    REINFORCE++    2501.03262  A: over the batch's std of r - mean     … reinforce_plus_plus
+    GDPO           2601.05242  A: z-scores of each reward, weighted    scale_rewards gdpo
+    Dr. GRPO       2503.20783  A without the std; Σ / (N · longest)    … none, loss_type dr_grpo
+    DAPO           2503.14476  Σ / tokens; an upper ε of its own       loss_type dapo, epsilon_high
+                               completions that were cut do not count  overlong_filter
+    CISPO          2506.13585  detach(min(ρ, ε_high)) A log π          loss_type cispo, epsilon_high
+    SAPO           2511.20347  4/τ σ(τ (ρ - 1)) A: no hard clip        loss_type sapo, tau_pos, tau_neg
+    GSPO           2507.18071  ρ: exp(mean over tokens of log ρ)       importance_sampling_level
+    INTELLECT-2    2505.07291  min(ρ, δ): a bound where A < 0          delta
+    DeepSeek-V3.2  2512.02556  ρ k3, whose gradient is the KL's        kl_unbiased
+                               none of A < 0 that became unlikely      off_policy_sequence_mask_delta
+    80/20          2506.01939  only the step's most uncertain tokens   top_entropy_quantile
+    entropy bonus  1602.01783  + coefficient · entropy                 entropy_coef
+
+To try a new idea, change the function that it belongs to.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +47,7 @@ from torch import Tensor
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
 MAX_LOG_RATIO = 10.0  # that k3 takes; see there
 Rows = Sequence[Sequence[int]]  # ragged token ids
+Scores = Sequence[Sequence[float | None]]  # by reward function; None where one does not apply
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,37 @@ class Options:
     num_generations_eval: Annotated[int | None, "the same in evaluations; else G", "from 1"] = None
     num_iterations: Annotated[int, "optimizer steps on each batch", "from 1"] = 1
     epsilon: Annotated[float, "ε of the clipped objective", "from 0"] = 0.2
+    epsilon_high: Annotated[float | None, "ε upwards; else epsilon", "from 0"] = None
     beta: Annotated[float, "β of the KL term; 0 needs no reference model", "from 0"] = 0.04
+    advantage_estimator: Annotated[
+        Literal["grpo", "rloo", "reinforce_plus_plus"], "what a reward is compared with"
+    ] = "grpo"
+    scale_rewards: Annotated[
+        Literal["group", "batch", "none", "gdpo"] | None,
+        "whose std divides; else group, none for rloo, batch for reinforce_plus_plus",
+    ] = None
+    loss_type: Annotated[
+        Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"], "the clip, and what divides"
+    ] = "grpo"
+    importance_sampling_level: Annotated[
+        Literal["token", "sequence"], "sequence: one ratio a completion, GSPO's"
+    ] = "token"
+    delta: Annotated[float | None, "a bound on the ratio where it has none", "above 1"] = None
+    tau_pos: Annotated[float, "SAPO's τ where the advantage is above 0", "above 0"] = 1.0
+    tau_neg: Annotated[float, "SAPO's τ elsewhere", "above 0"] = 1.05
+    kl_unbiased: Annotated[bool, "KL times ρ: then its gradient is the KL's"] = False
+    entropy_coef: Annotated[float, "of the entropy, which is added", "from 0"] = 0.0
+    top_entropy_quantile: Annotated[
+        float, "share of tokens that count, the most uncertain ones", "above 0 to 1"
+    ] = 1.0
+    off_policy_sequence_mask_delta: Annotated[
+        float | None, "leave out completions of A < 0 whose mean log ratio fell further", "from 0"
+    ] = None
+    overlong_filter: Annotated[bool, "completions cut at their largest length do not count"] = False
+
+
+PLAIN = Options()  # GRPO as the paper has it
+SCALES = {"grpo": "group", "rloo": "none", "reinforce_plus_plus": "batch"}  # by estimator
 
 
 @dataclass(frozen=True)
@@ -55,19 +97,22 @@ class Normalizers:
     optimizer step: so the parts that each computes add up, however the step is split."""
 
     completions: int  # N
-    tokens: int  # of all N completions
+    tokens: int  # of all N completions, without those that overlong_filter takes out
     longest: int  # tokens that a completion may have: max_completion_length
 
 
 # The objective ----------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+def group_advantages(
+    rewards: Tensor, num_generations: int, options=PLAIN, scores: Scores = (), weights=()
+) -> tuple[Tensor, Tensor]:
     """Advantages of completions whose groups lie side by side (section 4.1.2, outcome supervision).
 
     rewards (N,) with N = groups × G → advantages (N,) and the groups' standard deviations
     (N / G,), both with G - 1 in the denominator. A group whose rewards are all equal teaches
-    nothing: its advantages are exactly 0.
+    nothing: its advantages are exactly 0. Only scale_rewards gdpo reads scores (N, functions), of
+    which rewards are the weighted sums.
     """
     groups = rewards.view(-1, num_generations)  # (N / G, G)
     std = groups.std(dim=1, keepdim=True)
@@ -76,14 +121,53 @@ def group_advantages(rewards: Tensor, num_generations: int) -> tuple[Tensor, Ten
     std = std.masked_fill(equal, 0.0)
     centred = groups - groups.mean(dim=1, keepdim=True)
     centred = centred.masked_fill(std == 0, 0.0)
-    advantages = centred / (std + ADVANTAGE_EPS)
-    return advantages.flatten(), std.flatten()
+
+    estimator = options.advantage_estimator
+    scale = options.scale_rewards or SCALES[estimator]
+    if estimator == "rloo":  # r less the mean of the others
+        centred = centred * num_generations / (num_generations - 1)
+    if scale == "gdpo":
+        centred = weighted_z_scores(scores, weights, num_generations)
+        centred = centred.to(groups).view_as(groups)
+    if scale == "group":
+        centred = centred / (std + ADVANTAGE_EPS)
+    elif scale != "none":
+        # Over all N: of the rewards, or for REINFORCE++ and GDPO of what it divides.
+        plainly = scale == "batch" and estimator != "reinforce_plus_plus"
+        whole = rewards.std() if plainly else centred.std()
+        centred = centred / (whole + ADVANTAGE_EPS)
+    return centred.flatten(), std.flatten()
 
 
-def has_gradient(advantages: Tensor, options: Options) -> Tensor:
-    """Which completions move the policy under the loss below, (N,) → bool (N,): with a KL term
-    all, without one those whose advantage is not 0. The others need not be trained on."""
-    return (advantages != 0) | (options.beta > 0)
+def weighted_z_scores(scores: Scores, weights: Sequence[float], num_generations: int) -> Tensor:
+    """Each reward function's z-scores in its groups, times its weight, summed, (N, functions) →
+    (N,): no function outweighs another by its spread (GDPO). None, where one does not apply, adds
+    nothing."""
+    N, G = len(scores), num_generations
+    sums = torch.zeros(N, dtype=torch.float64)
+    for weight, column in zip(weights, zip(*scores)):
+        for first in range(0, N, G):
+            group = range(first, first + G)
+            having = [i for i in group if column[i] is not None]
+            if len(having) < 2:
+                continue
+            own = [column[i] for i in having]
+            own = torch.tensor(own, dtype=torch.float64)
+            z_scores, _ = group_advantages(own, len(own))
+            sums[having] += weight * z_scores
+    return sums
+
+
+def has_gradient(advantages: Tensor, options, truncated: Tensor | None = None) -> Tensor:
+    """Which completions the loss below needs, (N,) → bool (N,): those whose advantage is not 0, and
+    all with a KL term, with an entropy bonus, or where all their entropies are compared. Those that
+    overlong_filter takes out are never needed. truncated: which were cut, bool (N,)."""
+    needed = advantages != 0
+    if options.beta or options.entropy_coef or options.top_entropy_quantile < 1:
+        needed = torch.ones_like(needed)
+    if options.overlong_filter and truncated is not None:
+        needed = needed & ~truncated
+    return needed
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -108,6 +192,14 @@ def importance_weights(old_logps: Tensor, sampler_logps: Tensor, clip_max: float
     return torch.exp(old_logps - sampler_logps).clamp(max=clip_max)
 
 
+def entropy_threshold(entropies: Tensor, share: float) -> float:
+    """The entropy that the given share of tokens reaches, (tokens,) → a number: the 1 - share
+    quantile, which takes the tokens of the whole step to tell."""
+    rank = math.ceil((1 - share) * (len(entropies) - 1))
+    values, _ = entropies.kthvalue(rank + 1)
+    return values.item()
+
+
 def grpo_loss(
     logps: Tensor,
     entropies: Tensor,
@@ -116,6 +208,7 @@ def grpo_loss(
     advantages: Tensor,
     completion_mask: Tensor,
     importance: Tensor | None = None,
+    least_entropy: float | None = None,
     *,
     options: Options,
     normalizers: Normalizers,
@@ -124,15 +217,15 @@ def grpo_loss(
 
     logps, entropies, old_logps, ref_logps, completion_mask (B, T); advantages (B,); importance
     (B, T) from `importance_weights`, or None where the sampler's policy is π_old exactly. Without
-    ref_logps (β = 0) there is no KL term. options: anything with epsilon and beta.
+    ref_logps (β = 0) there is no KL term. least_entropy: the step's `entropy_threshold`, or None
+    where all tokens count. options: anything with the fields of `Options`.
 
     The parts of all micro-batches and ranks add up. Metrics are means over a completion's tokens,
     then over completions, whatever `aggregate` does.
     """
-    per_token, metrics = objective(
-        logps, entropies, old_logps, ref_logps, advantages, completion_mask, importance, options
-    )
-    loss = -aggregate(per_token, completion_mask, normalizers)
+    tensors = (logps, entropies, old_logps, ref_logps, advantages, completion_mask, importance)
+    per_token, metrics = objective(*tensors, least_entropy, options)
+    loss = -aggregate(per_token, completion_mask, normalizers, options.loss_type)
     parts = {"loss": loss.detach()}
     for name, value in metrics.items():
         means = mean_over_tokens(value.detach(), completion_mask)  # (B,)
@@ -141,7 +234,7 @@ def grpo_loss(
 
 
 def objective(
-    logps, entropies, old_logps, ref_logps, advantages, mask, importance, options
+    logps, entropies, old_logps, ref_logps, advantages, mask, importance, least_entropy, options
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """J_it of equation 3, to be made large, (B, T), and metrics of each token, by name, (B, T).
 
@@ -149,29 +242,80 @@ def objective(
     """
     advantages = advantages[:, None]  # (B, 1): one for all tokens of a completion
     log_ratio = logps - old_logps  # (B, T)
+    if options.importance_sampling_level == "sequence":
+        log_ratio = mean_over_tokens(log_ratio, mask)[:, None].expand_as(logps)
     ratio = torch.exp(log_ratio)
-    low, high = 1 - options.epsilon, 1 + options.epsilon
+    low, high = clip_range(options)
+    ceiling = options.delta or math.inf
     clipped = ratio.clamp(low, high)
-    surrogate = torch.min(ratio * advantages, clipped * advantages)
-    # Where the clip takes the gradient away: further than ε in the advantage's own direction.
-    fell = (ratio < low) & (advantages < 0)
-    rose = (ratio > high) & (advantages > 0)
-    metrics = {"clip_ratio": (fell | rose).float()}
+    bounded = ratio.clamp(max=ceiling)
+    surrogate = torch.min(bounded * advantages, clipped * advantages)
+    if options.loss_type == "cispo":
+        surrogate = clipped.detach() * advantages * logps
+    elif options.loss_type == "sapo":
+        surrogate = soft_gate(ratio, advantages, options) * advantages
+    metrics = clip_metrics(ratio, advantages, low, high, ceiling)
 
     if importance is not None:
         surrogate = surrogate * importance
+    if options.off_policy_sequence_mask_delta is not None:
+        drift = mean_over_tokens(-log_ratio.detach(), mask)[:, None]  # (B, 1)
+        stale = (advantages < 0) & (drift > options.off_policy_sequence_mask_delta)
+        surrogate = surrogate.masked_fill(stale, 0.0)
+        metrics["off_policy_masked"] = stale.float().expand_as(logps)
+    if options.entropy_coef:
+        surrogate = surrogate + options.entropy_coef * entropies
+    if least_entropy is not None:
+        surrogate = surrogate * (entropies.detach() >= least_entropy)
     if ref_logps is not None:
         kl = k3(logps, ref_logps)
+        if options.kl_unbiased:
+            kl = ratio * kl
         surrogate = surrogate - options.beta * kl
         metrics["kl"] = kl
         metrics["kl_bounded"] = (ref_logps - logps > MAX_LOG_RATIO).float()
     return surrogate, metrics
 
 
-def aggregate(per_token: Tensor, mask: Tensor, normalizers: Normalizers) -> Tensor:
-    """This micro-batch's part of the mean over the step, (B, T) → a scalar: the mean over the
-    tokens of a completion, then over completions (equation 3)."""
-    return mean_over_tokens(per_token, mask).sum() / normalizers.completions
+def clip_metrics(ratio, advantages, low, high, ceiling) -> dict[str, Tensor]:
+    """Where a bound acts, (B, T): further than ε in the advantage's own direction, or beyond δ."""
+    fell = (ratio < low) & (advantages < 0)
+    rose = (ratio > high) & (advantages > 0)
+    rose = rose | (ratio > ceiling) & (advantages < 0)
+    return {
+        "clip_ratio": (fell | rose).float(),
+        "clip_ratio/low": fell.float(),
+        "clip_ratio/high": rose.float(),
+        "ratio_deviation": (ratio - 1).abs(),
+    }
+
+
+def clip_range(options) -> tuple[float, float]:
+    """Between which bounds the ratio is clipped."""
+    if options.loss_type == "cispo":
+        return 0.0, options.epsilon_high
+    if options.loss_type == "sapo":  # its gate is in the clip's place
+        return 0.0, math.inf
+    high = options.epsilon if options.epsilon_high is None else options.epsilon_high
+    return 1 - options.epsilon, 1 + high
+
+
+def soft_gate(ratio: Tensor, advantages: Tensor, options) -> Tensor:
+    """SAPO's 4/τ σ(τ (ρ - 1)): its slope is 1 at ρ = 1, and fades on both sides."""
+    tau = torch.full_like(ratio, options.tau_neg)
+    tau = tau.masked_fill(advantages > 0, options.tau_pos)
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1))
+
+
+def aggregate(per_token: Tensor, mask: Tensor, normalizers: Normalizers, loss_type: str) -> Tensor:
+    """This micro-batch's part of the mean over the step, (B, T) → a scalar: over the tokens of a
+    completion, then over completions (equation 3), or of a sum over all tokens."""
+    if loss_type in ("grpo", "sapo"):
+        return mean_over_tokens(per_token, mask).sum() / normalizers.completions
+    whole = (per_token * mask).sum()
+    if loss_type == "dr_grpo":
+        return whole / (normalizers.completions * normalizers.longest)
+    return whole / normalizers.tokens
 
 
 def mean_over_tokens(per_token: Tensor, mask: Tensor) -> Tensor:

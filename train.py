@@ -130,7 +130,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         micro_batches, num_trained = share_out(run, batch)
         normalizers = grpo.Normalizers(
             completions=N,
-            tokens=sum(map(len, batch.completion_ids)),
+            tokens=batch.tokens_that_count(args.overlong_filter),
             longest=args.max_completion_length,
         )
         if reference is not None:
@@ -144,6 +144,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             # Dropout's random numbers, the same when a run is resumed.
             stream = DROPOUT + progress.step
             torch.manual_seed(seed_of(args.seed, stream, world.rank))
+            least_entropy = least_entropy_of(args, world, policy, micro_batches)
             sums = {"loss": 0.0, "clip_ratio": 0.0}  # what a step without any gradient tells
             for micro in micro_batches:
                 # All (B, T); the mask is 1 on completion tokens and 0 on padding.
@@ -162,6 +163,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     micro.advantages,
                     mask,
                     importance_of(args, micro),
+                    least_entropy,
                     options=args,
                     normalizers=normalizers,
                 )
@@ -241,6 +243,15 @@ class Batch:
         prompts = sum(map(len, self.prompt_ids))
         return prompts + sum(map(len, self.completion_ids))
 
+    @property
+    def truncated(self) -> Tensor:
+        """Which completions were cut at their largest length, bool (N,)."""
+        return torch.tensor([not completion.finished for completion in self.completions])
+
+    def tokens_that_count(self, overlong_filter: bool) -> int:
+        lengths = torch.tensor([len(ids) for ids in self.completion_ids])  # (N,)
+        return int(lengths[~self.truncated | (not overlong_filter)].sum())
+
     def select(self, rows: list[int]) -> "Batch":
         """Some of the completions, as a batch."""
         return Batch(
@@ -282,9 +293,11 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     metrics = world.sum(run.rewards.metrics()) | run.sampler.metrics
     advantages = torch.zeros(N)  # of single completions, as evaluations may draw
     if num_generations > 1:
-        advantages, stds = grpo.group_advantages(rewards, num_generations)  # (N,), (N / G,)
-        metrics["reward_std"] = stds.mean().item()
-        metrics["zero_std_groups"] = (stds == 0).float().mean().item()
+        table = scores, run.rewards.weights
+        advantages, stds = grpo.group_advantages(rewards, num_generations, run.args, *table)
+        metrics["reward_std"] = stds.mean().item()  # of the groups, (N / G,)
+        teaches = advantages.view(-1, num_generations).any(dim=1)
+        metrics["zero_std_groups"] = (~teaches).float().mean().item()
     metrics["time/generate"] = sampled - started - metrics.get("time/sync", 0.0)
     metrics["time/reward"] = scored - sampled
     return Batch(prompt_ids, completions, scores, rewards, advantages, metrics)
@@ -308,7 +321,7 @@ def share_out(run: Run, batch: Batch) -> tuple[list[Batch], int]:
     Those with a gradient are shared out by tokens, whoever sampled them. Every rank has as many
     micro-batches, perhaps empty ones: with ZeRO-3 its forward passes are part of the others'.
     """
-    useful = grpo.has_gradient(batch.advantages, run.args)  # (N,)
+    useful = grpo.has_gradient(batch.advantages, run.args, batch.truncated)  # (N,)
     trained = useful.nonzero().flatten().tolist()
     lengths = [len(ids) for ids in batch.completion_ids]
     shares = split_evenly(trained, lengths, run.world.size)
@@ -347,6 +360,25 @@ def reference_logps(args: argparse.Namespace, reference: torch.nn.Module, micro:
         logps, _, _ = logps_of(args, reference, micro)
     reference.train(training)
     return logps
+
+
+def least_entropy_of(
+    args: argparse.Namespace, world: dist.World, policy: torch.nn.Module, micro_batches: list[Batch]
+) -> float | None:
+    """What --top_entropy_quantile asks of a token's entropy, by all tokens that the ranks train on:
+    a pass of its own, since the first micro-batch needs to know of the last one's."""
+    if args.top_entropy_quantile == 1:
+        return None
+    own = []
+    for micro in micro_batches:
+        with torch.no_grad():
+            _, entropies, mask = logps_of(args, policy, micro)
+        if micro.completions:
+            own.append(entropies[mask.bool()].cpu())
+    everyone = world.gather(own)
+    if not everyone:
+        return None
+    return grpo.entropy_threshold(torch.cat(everyone), args.top_entropy_quantile)
 
 
 def importance_of(args: argparse.Namespace, micro: Batch) -> Tensor | None:

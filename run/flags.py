@@ -22,16 +22,15 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
-import types
 import typing
 from pathlib import Path
 
 import data
 from data import UsageError
+from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -81,7 +80,7 @@ def add_flag(group, field: dataclasses.Field) -> None:
     kind, text, *bounds = typing.get_args(field.type)
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     settings = {"help": text, "default": default}
-    if isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind):
+    if type(None) in typing.get_args(kind):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is list:
         (kind,) = typing.get_args(kind)
@@ -230,6 +229,7 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--device_memory_gb {args.device_memory_gb:g}: only a plan asks for it; "
             "--dry_run true works"
         )
+    check_objective(args)
     check_vllm(args)
     check_split(args)
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
@@ -245,6 +245,33 @@ def check(args: argparse.Namespace, world_size: int) -> None:
 
 def evaluates(args: argparse.Namespace) -> bool:
     return bool(args.eval_steps or args.eval_on_start)
+
+
+def check_objective(args: argparse.Namespace) -> None:
+    """Parts of the family of objectives that have no meaning together (grpo.py)."""
+    loss, estimator = args.loss_type, args.advantage_estimator
+    bound = args.epsilon_high
+    if loss == "cispo" and bound is None:
+        raise UsageError("--loss_type cispo: needs a bound for the ratio; --epsilon_high 5 works")
+    if loss == "cispo" and bound < 1:
+        raise UsageError(
+            f"--epsilon_high {bound:g}: bounds the ratio itself with cispo, which begins at 1; 5 works"
+        )
+    if loss in ("cispo", "sapo") and args.importance_sampling_level == "sequence":
+        raise UsageError(
+            f"--importance_sampling_level sequence: {loss} is defined for each token's ratio; "
+            "token, or --loss_type grpo, bnpo, dapo or dr_grpo, works"
+        )
+    if loss in ("cispo", "sapo") and args.delta is not None:
+        raise UsageError(
+            f"--delta {args.delta:g}: {loss} bounds the ratio in a way of its own; without it, "
+            "or with --loss_type grpo, bnpo, dapo or dr_grpo, works"
+        )
+    if args.scale_rewards == "gdpo" and estimator != "grpo":
+        raise UsageError(
+            f"--scale_rewards gdpo: has advantages of its own, not those of {estimator}; "
+            "--advantage_estimator grpo, or --scale_rewards group, batch or none, works"
+        )
 
 
 def check_split(args: argparse.Namespace) -> None:
@@ -299,53 +326,7 @@ def check_groups(args, world_size: int, batch_flag: str, group_flag: str, accumu
     )
 
 
-# Types of values -------------------------------------------------------------------------------
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: true or false works")
-    return text.lower() == "true"
-
-
-def planned(text: str) -> bool | int:
-    """Whether to plan, and for how many GPUs if not for this machine."""
-    if text.isdecimal() and int(text):
-        return int(text)
-    try:
-        return boolean(text)
-    except argparse.ArgumentTypeError:
-        message = f"{text!r}: true, false or a number of GPUs works"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def number(kind: type, bounds: str = ""):
-    """A parser of a whole number or any, within bounds such as "from 0", "above 0" or "0 to 1"."""
-    above = bounds.startswith("above")
-    limits = re.findall(r"-?\d[\d.e+*]*", bounds)
-    low = float(limits[0]) if limits else -math.inf
-    high = float(limits[1]) if len(limits) > 1 else math.inf
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        too_low = value <= low if above else value < low
-        if math.isnan(value) or math.isinf(value) or too_low or value > high:
-            raise argparse.ArgumentTypeError(f"{text!r}: {what_works(kind, above, low, high)}")
-        return value
-
-    return parse
-
-
-def what_works(kind: type, above: bool, low: float, high: float) -> str:
-    words = "a whole number" if kind is int else "a number"
-    if low > -math.inf:
-        words += f" {'above' if above else 'from'} {low:g}"
-    if high < math.inf:
-        words += f" to {high:g}"
-    return f"{words} works"
+# What argparse says ---------------------------------------------------------------------------
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

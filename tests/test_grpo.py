@@ -1,5 +1,5 @@
 """The objective against a slow version that follows the paper line by line, against TRL, and against
-closed forms; log-probabilities against one sequence at a time."""
+closed forms; log-probabilities against one sequence at a time. tests/test_family.py has the family."""
 
 import itertools
 import math
@@ -12,13 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 
-# Which of the family grpo.py computes: a row of PEERS. Whoever changes the objective changes this
-# word; then TRL, with these settings, says whether the change is right. The other rows wait for them.
-PEER = "grpo"
-
 TEMPERATURE, EPSILON, LONGEST, G = 0.7, 0.2, 9, 4
-
-papers_own = pytest.mark.skipif(PEER != "grpo", reason="a promise of the paper's own objective")
 
 
 # Advantages, written down once more: of one group's rewards, (G,) → (G,).
@@ -37,24 +31,45 @@ def leave_one_out(r):
     return torch.stack([r[i] - torch.cat([r[:i], r[i + 1 :]]).mean() for i in range(len(r))])
 
 
-# name → the advantage, TRL's settings, the options that the fork of grpo.py has beside epsilon and
-# beta. Entropy bonus: TRL takes the mean over all tokens, so its row is compared with slow loops.
+# name → the advantage, TRL's settings, our flags. Entropy bonus: TRL takes the mean over all tokens,
+# whatever the loss divides by, so its row is compared with slow loops.
 PEERS = {
     "grpo": (z_scores, {"loss_type": "grpo"}, {}),
-    "dr_grpo": (centred, {"loss_type": "dr_grpo"}, {}),
-    "gspo": (z_scores, {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {}),
-    "rloo": (leave_one_out, {"loss_type": "grpo"}, {}),
-    "cispo": (z_scores, {"loss_type": "cispo", "epsilon_high": 1.3}, {"epsilon_high": 1.3}),
-    "bnpo": (z_scores, {"loss_type": "bnpo"}, {}),
-    "dapo": (z_scores, {"loss_type": "dapo", "epsilon_high": 0.28}, {"epsilon_high": 0.28}),
+    "dr_grpo": (
+        centred,
+        {"loss_type": "dr_grpo"},
+        {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    ),
+    "rloo": (leave_one_out, {"loss_type": "grpo"}, {"advantage_estimator": "rloo"}),
+    "gspo": (
+        z_scores,
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence"},
+    ),
+    "cispo": (z_scores, {"loss_type": "cispo", "epsilon_high": 1.3}, None),
+    "sapo": (z_scores, {"loss_type": "sapo"}, None),
+    "bnpo": (z_scores, {"loss_type": "bnpo"}, None),
+    "dapo": (z_scores, {"loss_type": "dapo", "epsilon_high": 0.28}, None),
+    "two_sided": (z_scores, {"loss_type": "grpo", "delta": 1.3}, None),
+    "unbiased_kl": (
+        z_scores,
+        {"loss_type": "grpo", "use_bias_correction_kl": True},
+        {"kl_unbiased": True},
+    ),
+    "off_policy": (
+        z_scores,
+        {"loss_type": "grpo", "off_policy_mask_threshold": 0.02},
+        {"off_policy_sequence_mask_delta": 0.02},
+    ),
     "entropy_bonus": (z_scores, None, {"entropy_coef": 0.1}),
 }
 
 
 def options_of(peer, beta):
-    """What the loss reads: the defaults, and what the tests set."""
-    own = PEERS[peer][2]
-    return SimpleNamespace(**vars(grpo.Options()) | {"epsilon": EPSILON, "beta": beta} | own)
+    """What the loss reads: the defaults, and what the tests set. Flags that are None are TRL's."""
+    _, settings, own = PEERS[peer]
+    own = settings if own is None else own
+    return SimpleNamespace(**vars(grpo.PLAIN) | {"epsilon": EPSILON, "beta": beta} | own)
 
 
 def slow_forward(model, prompt, completion):
@@ -88,7 +103,7 @@ def slow_loss(model, prompts, completions, advantages, old, ref, beta, entropy_c
 def our_loss(model, prompts, completions, rewards, old, ref, options, micro=5):
     """What train.py does, in micro-batches that cut through groups: what has no gradient is left
     out. Calls backward; returns the sum of the parts."""
-    advantages, _ = grpo.group_advantages(rewards, G)
+    advantages, _ = grpo.group_advantages(rewards, G, options)
     trained = grpo.has_gradient(advantages, options).nonzero()[:, 0].tolist()
     normalizers = grpo.Normalizers(len(prompts), sum(map(len, completions)), LONGEST)
     total = 0.0
@@ -128,7 +143,6 @@ def assert_gradients_equal(model, twin, tolerance):
 # The loss ---------------------------------------------------------------------------------------
 
 
-@papers_own
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loss_and_gradient_equal_the_paper_in_float64(beta, iterations):
@@ -160,16 +174,18 @@ def test_loss_and_gradient_equal_the_paper_in_float64(beta, iterations):
     assert ratios_moved  # far enough for the clip to matter
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("iteration", [1, 3])
-def test_advantages_loss_and_gradient_equal_the_peer(beta, iteration, request, tmp_path):
+@pytest.mark.parametrize("beta, iteration", [(0.0, 1), (0.0, 3), (0.04, 1), (0.04, 3)])
+@pytest.mark.parametrize("peer", PEERS)
+def test_advantages_loss_and_gradient_equal_the_peer(peer, beta, iteration, request, tmp_path):
     """TRL's loss, or slow loops, with advantages of their own, and with TRL's own pass."""
-    advantage, settings, own = PEERS[PEER]
+    advantage, settings, _ = PEERS[peer]
+    options = options_of(peer, beta)
     prompts, completions, rewards = make_batch()
     rewards = rewards.float()
     rewards[-G:] = 0.5  # a group that teaches nothing
     expected_advantages = torch.cat([advantage(group) for group in rewards.split(G)])
-    torch.testing.assert_close(grpo.group_advantages(rewards, G)[0], expected_advantages)
+    advantages, _ = grpo.group_advantages(rewards, G, options)
+    torch.testing.assert_close(advantages, expected_advantages)
 
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")  # TRL reads its reference from where the policy came
@@ -183,8 +199,7 @@ def test_advantages_loss_and_gradient_equal_the_peer(beta, iteration, request, t
         old = None
 
     if settings is None:
-        coefficient = own["entropy_coef"]
-        arguments = (expected_advantages, old, ref, beta, coefficient)
+        arguments = (expected_advantages, old, ref, beta, options.entropy_coef)
         expected = slow_loss(twin, prompts, completions, *arguments)
     else:
         trainer = trl_trainer(twin, request.getfixturevalue("tokenizer"), tmp_path, beta, settings)
@@ -204,7 +219,6 @@ def test_advantages_loss_and_gradient_equal_the_peer(beta, iteration, request, t
         assert entropy == pytest.approx(trainer._metrics["train"]["entropy"][-1], abs=1e-4)
     expected.backward()
 
-    options = options_of(PEER, beta)
     loss = our_loss(model, prompts, completions, rewards, old, ref, options, micro=3)
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     assert_gradients_equal(model, twin, 1e-5)
@@ -256,7 +270,7 @@ def loss_of(tensors, rows=None, *, beta=0.04, with_ref=True):
     part = [x if rows is None else x[rows] for x in tensors]
     if not with_ref:
         part[3] = None
-    return grpo.grpo_loss(*part, options=options_of(PEER, beta), normalizers=normalizers)
+    return grpo.grpo_loss(*part, options=options_of("grpo", beta), normalizers=normalizers)
 
 
 def test_the_parts_of_any_split_add_up_to_the_loss_and_the_metrics():
@@ -281,7 +295,7 @@ def test_has_gradient_names_the_completions_that_move_the_policy(beta):
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     moves = sum(g.abs().sum(1) for g in gradients) > 0
     advantages = tensors[4]
-    assert grpo.has_gradient(advantages, options_of(PEER, beta)).tolist() == moves.tolist()
+    assert grpo.has_gradient(advantages, options_of("grpo", beta)).tolist() == moves.tolist()
 
 
 def test_any_metric_of_the_objective_is_returned_as_a_mean(monkeypatch):
@@ -302,7 +316,6 @@ def test_any_metric_of_the_objective_is_returned_as_a_mean(monkeypatch):
     assert not any(value.requires_grad for value in metrics.values())
 
 
-@papers_own
 def test_the_loss_weights_the_surrogate_and_not_the_kl():
     new, entropies, old, ref, advantages, mask, importance = random_batch()
     mask = torch.ones_like(mask)
@@ -315,7 +328,6 @@ def test_the_loss_weights_the_surrogate_and_not_the_kl():
     assert loss_of(tensors)[0].item() == pytest.approx(total.item(), abs=1e-9)
 
 
-@papers_own
 def test_the_ratio_is_exactly_one_on_a_fresh_batch():
     """So the loss is minus the mean advantage, which is 0, while its gradient is not."""
     logps, mask = torch.randn(4, 5, requires_grad=True), torch.ones(4, 5)
@@ -328,7 +340,6 @@ def test_the_ratio_is_exactly_one_on_a_fresh_batch():
     torch.testing.assert_close(logps.grad, (-advantages[:, None] / 20).expand(4, 5))
 
 
-@papers_own
 def test_clip_ratio_counts_the_tokens_whose_gradient_the_clip_takes_away():
     logps = torch.tensor([[0.5, 0.5, -0.5, -0.5]]).repeat(2, 1).requires_grad_()
     nothing, mask = torch.zeros(2, 4), torch.ones(2, 4)
@@ -339,7 +350,6 @@ def test_clip_ratio_counts_the_tokens_whose_gradient_the_clip_takes_away():
     assert metrics["clip_ratio"].item() == (logps.grad == 0).float().mean().item() == 0.5
 
 
-@papers_own
 def test_advantages_are_the_group_z_scores():
     rewards = torch.tensor([0.0, 1.0, 1.0, 2.0, 0.1, 0.1, 0.1, 0.1])
     advantages, std = grpo.group_advantages(rewards, 4)
