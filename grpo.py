@@ -159,9 +159,9 @@ def weighted_z_scores(scores: Scores, weights: Sequence[float], num_generations:
 
 
 def has_gradient(advantages: Tensor, options, truncated: Tensor | None = None) -> Tensor:
-    """Which completions the loss below needs, (N,) → bool (N,): those whose advantage is not 0, and
-    all with a KL term, with an entropy bonus, or where all their entropies are compared. Those that
-    overlong_filter takes out are never needed. truncated: which were cut, bool (N,)."""
+    """Which completions the loss below needs, (N,) → bool (N,): all with a KL term, with an entropy
+    bonus, or where entropies are compared over the step; else those whose advantage is not 0. None
+    that overlong_filter takes out. truncated: which were cut, bool (N,)."""
     needed = advantages != 0
     if options.beta or options.entropy_coef or options.top_entropy_quantile < 1:
         needed = torch.ones_like(needed)
@@ -236,10 +236,8 @@ def grpo_loss(
 def objective(
     logps, entropies, old_logps, ref_logps, advantages, mask, importance, least_entropy, options
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """J_it of equation 3, to be made large, (B, T), and metrics of each token, by name, (B, T).
-
-    Arguments as in `grpo_loss`. A metric that is put here reaches metrics.jsonl.
-    """
+    """J_it of equation 3, to be made large, (B, T), and metrics of each token, by name, (B, T), which
+    reach metrics.jsonl. Arguments as in `grpo_loss`."""
     advantages = advantages[:, None]  # (B, 1): one for all tokens of a completion
     log_ratio = logps - old_logps  # (B, T)
     if options.importance_sampling_level == "sequence":

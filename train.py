@@ -249,6 +249,7 @@ class Batch:
         return torch.tensor([not completion.finished for completion in self.completions])
 
     def tokens_that_count(self, overlong_filter: bool) -> int:
+        """Of all completions, or of those that were not cut."""
         lengths = torch.tensor([len(ids) for ids in self.completion_ids])  # (N,)
         return int(lengths[~self.truncated | (not overlong_filter)].sum())
 
@@ -293,9 +294,10 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     metrics = world.sum(run.rewards.metrics()) | run.sampler.metrics
     advantages = torch.zeros(N)  # of single completions, as evaluations may draw
     if num_generations > 1:
-        table = scores, run.rewards.weights
-        advantages, stds = grpo.group_advantages(rewards, num_generations, run.args, *table)
-        metrics["reward_std"] = stds.mean().item()  # of the groups, (N / G,)
+        advantages, stds = grpo.group_advantages(  # (N,), (N / G,)
+            rewards, num_generations, run.args, scores, run.rewards.weights
+        )
+        metrics["reward_std"] = stds.mean().item()
         teaches = advantages.view(-1, num_generations).any(dim=1)
         metrics["zero_std_groups"] = (~teaches).float().mean().item()
     metrics["time/generate"] = sampled - started - metrics.get("time/sync", 0.0)

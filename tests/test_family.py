@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 from conftest import flags_for, make_batch, read_metrics, tiny_model, train_here
+from processes import run_forked
 from test_grpo import trl_trainer
 
 import grpo
@@ -428,22 +429,31 @@ def test_flags_without_a_meaning_together_are_refused_in_one_line(words, capsys)
     assert REFUSED[words] in said and said.count("\n") == 1
 
 
-def test_a_run_is_the_same_in_one_micro_batch_and_in_two(model_folder, plugin, tmp_path):
+def test_a_run_is_the_same_in_two_micro_batches_and_in_two_processes(
+    model_folder, plugin, tmp_path
+):
     """With a threshold that takes the entropies of the whole step."""
     changes = {"scale_rewards": "gdpo", "top_entropy_quantile": 0.3, "entropy_coef": 0.01}
     changes |= {"loss_type": "dapo", "num_iterations": 2, "max_steps": 4, "top_k": 20}
     changes |= {"kl_unbiased": "true", "delta": 4, "off_policy_sequence_mask_delta": 0.1}
-    lines = []
-    for parts in (1, 2):
-        out = tmp_path / str(parts)
-        split = {"per_device_train_batch_size": 16 // parts, "gradient_accumulation_steps": parts}
-        train_here(*flags_for(model_folder, plugin, out, **changes, **split))
-        lines.append(read_metrics(out))
-    names = ["loss", "grad_norm", "reward", "clip_ratio/low", "clip_ratio/high", "kl"]
-    for one, two in zip(*lines, strict=True):
-        for name in [*names, "ratio_deviation", "off_policy_masked"]:
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
-    assert lines[0][1]["ratio_deviation"] > 0 and lines[0][0]["ratio_deviation"] == 0
+    splits = {"whole": (16, 1), "micro": (8, 2), "ranks": (8, 1)}
+    lines = {}
+    for name, (size, accumulation) in splits.items():
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        words = flags_for(model_folder, plugin, tmp_path / name, **changes, **split)
+        if name == "ranks":
+            run_forked(words, 2, tmp_path / "logs")
+        else:
+            train_here(*words)
+        lines[name] = read_metrics(tmp_path / name)
+    names = ["loss", "grad_norm", "reward", "kl", "clip_ratio/low", "clip_ratio/high"]
+    for name in ("micro", "ranks"):
+        for one, two in zip(lines["whole"], lines[name], strict=True):
+            for metric in [*names, "ratio_deviation", "off_policy_masked"]:
+                expected = pytest.approx(one[metric], rel=1e-3, abs=1e-5)
+                assert two[metric] == expected, (name, metric)
+    first, second, *_ = lines["whole"]
+    assert second["ratio_deviation"] > first["ratio_deviation"] == 0
 
 
 def test_a_run_whose_completions_are_all_cut_trains_on_none(model_folder, plugin, tmp_path):
