@@ -4,6 +4,7 @@ closed forms; log-probabilities against one sequence at a time. tests/test_famil
 import itertools
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -228,6 +229,10 @@ def trl_trainer(model, tokenizer, folder, beta, settings):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
+    # Where vLLM is installed TRL would import it, which takes as long as all tests here.
+    with mock.patch("trl.import_utils.is_vllm_available", return_value=False):
+        trainer_class = trl.GRPOTrainer
+
     arguments = {
         "beta": beta,
         "epsilon": EPSILON,
@@ -241,7 +246,7 @@ def trl_trainer(model, tokenizer, folder, beta, settings):
         "gradient_checkpointing": False,
         "report_to": [],
     }
-    trainer = trl.GRPOTrainer(
+    trainer = trainer_class(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=trl.GRPOConfig(output_dir=str(folder), **arguments | settings),

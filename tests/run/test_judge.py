@@ -270,7 +270,7 @@ def test_what_never_returns_costs_its_limit_once_and_leaves_nothing(make):
 
 
 def test_strange_answers_score_zero_in_bounded_time_as_answers_and_as_references(make):
-    judge = make(0.5)
+    judge = make(0.25)
     texts = [*STRANGE, *POISON, "so 5"]
     fives = ["5"] * len(texts)
     for completions, solutions in ((texts, fives), (["so 5"] * len(texts), texts)):
@@ -281,17 +281,17 @@ def test_strange_answers_score_zero_in_bounded_time_as_answers_and_as_references
 
 
 def test_more_hanging_answers_than_workers_all_end(make):
-    judge = make(0.5)
+    judge = make(0.25)
     pairs = [(f"{TOWER} {i}", "5") for i in range(18)] + [("so 5", "5")]
     assert judge(pairs) == [TIMEOUT] * 18 + [RIGHT]
 
 
 def test_quick_answers_are_not_starved_by_many_that_hang(make):
-    judge = make(1.0)
+    judge = make(0.5)
     pairs = []
-    for i in range(6):
+    for i in range(4):
         pairs += [(f"{TOWER} {i}", "5"), (rf"\boxed{{x^2 + {2 * i}x + {i * i}}}", f"(x + {i})^2")]
-    assert judge(pairs) == [TIMEOUT, RIGHT] * 6
+    assert judge(pairs) == [TIMEOUT, RIGHT] * 4
 
 
 def compared(verdict: str, answers: list[str], timeout: float) -> list[str]:

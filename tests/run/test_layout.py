@@ -72,8 +72,11 @@ def without_fast(tmp_path_factory):
 
 
 def test_without_fast_the_tests_of_the_seven_pass(without_fast):
+    """Of those that fast/ has quicker parts for, without the comparisons with TRL, of which nothing
+    leads to fast/."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    tests = [f"tests/test_{name}.py" for name in SIX]
+    tests = [f"tests/test_{name}.py" for name in ("grpo", "sampler", "lora")]
+    tests += ["-k", "not equal_the_peer"]
     done = subprocess.run(
         [*command, *tests],
         cwd=without_fast,
