@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else the hub is asked, and asked again
 ROOT = Path(__file__).parent.parent
 EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 sys.path.insert(0, str(ROOT))

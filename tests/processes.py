@@ -167,7 +167,7 @@ def run_forked(flags: list, processes: int, folder: Path, status: int = 0, **env
     here = places(processes, LOCAL_WORLD_SIZE=processes, **environment)
     jobs = [(train.main, (words,), place | {"LOCAL_RANK": place["RANK"]}) for place in here]
     with forked(folder, *jobs) as ranks:
-        ends = [rank.end(timeout=300) for rank in ranks]
+        ends = [rank.end(timeout=600) for rank in ranks]
     assert [ended for ended, _ in ends] == [status] * processes, ends
     return ends[0][1]
 

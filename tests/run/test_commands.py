@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 import transformers
-from conftest import ROOT, flags_for, read_metrics, run_train, train_here
+from conftest import ROOT, flags_for, read_metrics, train_here
 from processes import run_forked
 
 import sampler
@@ -91,7 +91,7 @@ def test_the_guides_multi_gpu_command_runs_without_vllm(numina, model_folder, tm
         "num_generations": 2,
     }
     flags = swapped(guide_flags("multi_gpu_vllm.sh"), **sizes, output_dir=tmp_path, eval_steps=3)
-    run_train(*swapped(flags, use_vllm="false"), processes=2)
+    run_forked(swapped(flags, use_vllm="false"), 2, tmp_path / "ranks")
     lines = read_metrics(tmp_path)
     assert lines[-1]["step"] == 4  # 7 rows, 2 a step
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()

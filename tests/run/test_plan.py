@@ -232,13 +232,13 @@ def run_here(*flags) -> int:
 def test_prompts_are_read_where_they_can_be(tmp_path, model_folder):
     """The built-in task's own longest prompt with a tokenizer; what --max_length says without one."""
     transformers.AutoConfig.from_pretrained(model_folder).save_pretrained(tmp_path)
-    flags = ["--dataset", "arithmetic", "--max_completion_length", 64]
+    flags = ["--dataset", "arithmetic#64", "--max_completion_length", 64]
     args = parse_args(
         [str(x) for x in [*flags, "--model", model_folder, "--dry_run", 1, "--max_length", 200]]
     )
     rows, longest, shared = plan.find_prompts(args, models.model_config(args))
     ids, _ = data.encode(
-        data.load_rows(["arithmetic"]), transformers.AutoTokenizer.from_pretrained(model_folder)
+        data.load_rows(["arithmetic#64"]), transformers.AutoTokenizer.from_pretrained(model_folder)
     )
     assert (rows, longest) == (len(ids), max(len(row["prompt_ids"]) for row in ids))
     assert (
