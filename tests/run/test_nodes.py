@@ -23,7 +23,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000  # <lin
 
 
 def flags_for(model_folder, plugin, *more):
-    flags = f"--model {model_folder} --torch_dtype float32 --dataset arithmetic"
+    flags = f"--model {model_folder} --torch_dtype float32 --dataset arithmetic#64"
     flags += f" --external_plugins {plugin} --reward_funcs vowels --num_generations 4"
     flags += " --per_device_train_batch_size 8 --max_completion_length 8 --learning_rate 1e-3"
     return [*flags.split(), *map(str, more)]

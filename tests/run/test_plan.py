@@ -2,11 +2,12 @@
 
 import json
 import re
+import socket
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run_train, tiny_model
+from conftest import ROOT, tiny_model
 
 import data
 import dist
@@ -182,21 +183,17 @@ def test_state_is_shared_out_over_the_ranks():
 # The command -----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_needs_a_config_json_and_nothing_else(tmp_path):
+def test_a_plan_needs_a_config_json_and_nothing_else(tmp_path, monkeypatch, capsys):
     """No weights, no tokenizer, no dataset, no network, no folder left behind."""
-    done = run_train(
-        *guide("multi_gpu_vllm.sh"),
-        "--dry_run",
-        7,
-        "--output_dir",
-        tmp_path / "run",
-        HF_ENDPOINT="http://localhost:1",
-    )
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
+    flags = [*guide("multi_gpu_vllm.sh"), "--dry_run", 7, "--output_dir", tmp_path / "run"]
+    assert run_here(*flags) == 0
+    out = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert (
-        "14 completions, 2 groups of 7; steps: 2475" in done.stdout
+        "14 completions, 2 groups of 7; steps: 2475" in out
     )  # 4,950 of 5,000 rows, two prompts a step
-    assert "7,615,616,512 parameters" in done.stdout
+    assert "7,615,616,512 parameters" in out
 
 
 @pytest.mark.parametrize("train_type", ["full", "lora"])

@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 from fixtures.rewards.classifier import save_classifier
+from processes import forked
 
 import rewards
 from data import UsageError
@@ -149,6 +149,10 @@ def test_a_plugin_imports_swift_in_any_way(tmp_path, line, orms_of):
     assert "mine" in orms
 
 
+def become_main_program(code):
+    exec(code, vars(sys.modules["__main__"]))
+
+
 def test_a_main_program_shares_its_registry_with_plugins(tmp_path):
     line = "orms['mine'] = lambda completions, **kw: [1.0] * len(completions)"
     path = plugin(tmp_path, f"from rewards import orms\n{line}")
@@ -157,8 +161,8 @@ from run.plugins import CheckedRewards, load_plugins
 load_plugins([{path!r}])
 print(CheckedRewards(["mine"]).names)
 """
-    out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
-    assert out.strip() == "['mine']"
+    with forked(tmp_path / "said", (become_main_program, (code,), {})) as (program,):
+        assert program.end(timeout=120) == (0, "['mine']\n")
 
 
 @pytest.mark.parametrize(

@@ -296,18 +296,23 @@ def guide_run(folder: Path, numina, model: Path, processes: int, run) -> list[st
 
 def test_two_processes_ask_the_engine_for_what_one_asks(
     numina,  # noqa: F811
-    small_folder,
+    tokenizer,
     tmp_path,
     monkeypatch,
 ):
     """With two, a group of 4 lies across both. The stub's words tell prompt and seed apart."""
+    # As small as can be, for where bfloat16 is emulated; the command asks for 8,192 positions.
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 8192}
+    model = tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.syspath_prepend(STUB)  # where the flags look whether vLLM is installed
 
     def run(flags, processes):
         run_forked(flags, processes, tmp_path / f"ranks-{processes}", PYTHONPATH=STUB)
 
     drawn = [
-        guide_run(tmp_path / str(processes), numina, small_folder, processes, run)
+        guide_run(tmp_path / str(processes), numina, tmp_path / "model", processes, run)
         for processes in (1, 2)
     ]
     assert drawn[0] == drawn[1]
