@@ -159,8 +159,9 @@ MISBEHAVES = {
 @pytest.mark.parametrize("case", MISBEHAVES)
 def test_an_engine_that_ends_or_falls_silent_is_told_and_gone(case, tmp_path, monkeypatch):
     prompt, timeout, message = MISBEHAVES[case]
-    engine = stub_engine(tmp_path, monkeypatch, timeout=timeout)
+    engine = stub_engine(tmp_path, monkeypatch)
     (completion,) = engine.complete([([5], 1, 7)], {"max_tokens": 3})
+    engine.timeout = timeout
     assert len(completion.ids) == len(completion.logps) == 3 and not completion.finished
     with pytest.raises(SamplerError, match=message):
         engine.complete([(prompt, 1, 7)], {"max_tokens": 3})
@@ -220,14 +221,14 @@ def steps(folder: Path) -> int:
 
 
 def wait_for_steps(is_alive, folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while steps(folder) < count:
         assert is_alive() and time.monotonic() < deadline
         time.sleep(0.2)
 
 
 def assert_no_engine_but(before: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while set(engines()) - set(before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert set(engines()) == set(before)
@@ -254,7 +255,9 @@ def test_however_it_ends_every_process_is_gone_in_time(
     before = engines()
     kind, whom, ranks, status, message = ENDS[case]
     flags = flags_for(model_folder, plugin, tmp_path / "out", max_steps=10_000)
-    flags += ["--use_vllm", "true", "--vllm_timeout", "5"]
+    # Where nothing falls silent a busy machine may take its time.
+    timeout = 5 if kind == signal.SIGSTOP else 120
+    flags += ["--use_vllm", "true", "--vllm_timeout", str(timeout)]
     monkeypatch.syspath_prepend(STUB)
     if whom == "torchrun":
         jobs = [(become_torchrun, (flags,), {"PYTHONPATH": STUB, "OMP_NUM_THREADS": 1})]
@@ -475,7 +478,7 @@ def stale_from_step_4(small_folder, tmp_path_factory) -> SimpleNamespace:
         (engine,) = set(engines()) - set(before)
         os.kill(engine, signal.SIGKILL)
         killed = time.monotonic()
-        output, error = run.communicate(timeout=60)
+        output, error = run.communicate(timeout=120)
     finally:
         run.kill()
     return SimpleNamespace(
@@ -503,7 +506,7 @@ def test_logp_diff_stays_small_with_sync_and_grows_without(stale_from_step_4):
 @needs_vllm
 def test_when_the_engine_is_killed_every_rank_says_so_and_nothing_is_left(stale_from_step_4):
     run = stale_from_step_4
-    assert run.status == 1 and run.seconds < 30
+    assert run.status == 1 and run.seconds < 60
     message = "the engine was killed by signal 9; its log is"
     assert run.error.count(message) >= 2, run.error[-3000:]
     assert_no_engine_but(run.before)
