@@ -56,6 +56,16 @@ ARCHITECTURES = {
 }
 
 
+# Begun first, so that at the end no process is left with much to do alone.
+LONGEST = ["test_vllm", "test_zero3_runs", "test_commands", "test_layout", "test_resume"]
+LONGEST += ["test_train", "test_judge", "test_nodes", "test_family", "test_zero2", "test_zero3"]
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 def tiny_model(architecture: str = "llama", vocab_size: int = 97, dtype=torch.float32, **changes):
     """A model of two to four layers whose weights are large enough that its distributions are far from uniform."""
     import transformers

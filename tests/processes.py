@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -15,7 +14,6 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401  # which fully_shard would import in every rank
 import torch.multiprocessing as multiprocessing
-from filelock import FileLock
 
 import dist
 
@@ -28,26 +26,6 @@ FORK = multiprocessing.get_context("fork")
 def in_processes(ranks: int, folder: Path, function: Callable, *args) -> list:
     """What function(world, *args) returns in each of `ranks` processes that have met."""
     folder.mkdir(exist_ok=True)
-    _run(ranks, folder, function, *args)
-    return _told(ranks, folder)
-
-
-def in_processes_once(ranks: int, tmp_path_factory, function: Callable, *args) -> list:
-    """The same for a fixture: the first of pytest's workers that asks runs it, and all are told."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # which the workers have in common
-    folder = root / f"{function.__module__}-{function.__name__}-{ranks}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "done").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what another worker has failed on
-            folder.mkdir()
-            _run(ranks, folder, function, *args)
-            (folder / "done").touch()
-    return _told(ranks, folder)
-
-
-def _run(ranks: int, folder: Path, function: Callable, *args) -> None:
     arguments = (ranks, folder, function, *args)
     # What is frozen is not looked at by the ranks' garbage collectors, so it need not be copied.
     gc.collect()
@@ -56,9 +34,6 @@ def _run(ranks: int, folder: Path, function: Callable, *args) -> None:
         multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="fork")
     finally:
         gc.unfreeze()
-
-
-def _told(ranks: int, folder: Path) -> list:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

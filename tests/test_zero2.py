@@ -2,10 +2,11 @@
 overlaps with what."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from processes import bytes_sent, forget_tensors, in_processes_once, settled_bytes
+from processes import bytes_sent, forget_tensors, in_processes, settled_bytes
 from test_dist import (
     BATCH,
     MAX_NORM,
@@ -194,8 +195,8 @@ def work(world, folder):
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def ranks(request, tmp_path_factory):
     """What each of 1, 2 and 3 processes has to tell."""
-    folder = tmp_path_factory.mktemp("waits")
-    return in_processes_once(request.param, tmp_path_factory, work, folder)
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    return in_processes(request.param, folder, work, folder)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -4,7 +4,7 @@ stage. Whole runs of train.py: run/test_zero3_runs.py."""
 import pytest
 import torch
 from conftest import tiny_model
-from processes import forget_tensors, in_processes_once, settled_bytes
+from processes import forget_tensors, in_processes, settled_bytes
 from test_dist import (
     ALONE,
     STEPS,
@@ -152,12 +152,12 @@ def work_of_four(world):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     tiny_model()  # transformers imports what it needs once, before the ranks fork
-    return in_processes_once(2, tmp_path_factory, work)
+    return in_processes(2, tmp_path_factory.mktemp("two"), work)
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    return in_processes_once(4, tmp_path_factory, work_of_four)
+    return in_processes(4, tmp_path_factory.mktemp("four"), work_of_four)
 
 
 # Training -----------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_each_reward_alone_and_all_with_checkpoint_weights(
     changes = {
         "dataset": eighteens,
         "reward_weights": weights,
-        "max_steps": 2,
+        "max_steps": 1,
         "log_completions": "true",
     }
     changes |= {"reward_funcs": functions} | (

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import checkpoint_weights, flags_for, read_metrics, timeless, tiny_model
-from processes import in_processes_once, run_forked
+from processes import in_processes, run_forked
 from safetensors.torch import load_file, save_file
 from test_zero3 import SAMPLED, sampled
 
@@ -190,7 +190,7 @@ def sample_all(world):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     tiny_model()  # transformers imports what it needs once, before the ranks fork
-    return in_processes_once(2, tmp_path_factory, sample_all)
+    return in_processes(2, tmp_path_factory.mktemp("two"), sample_all)
 
 
 @pytest.mark.parametrize("gather, decoder", [(True, "LlamaDecoder"), (False, "PackedDecoder")])
