@@ -1,7 +1,7 @@
 """Data: rows become prompts, and prompts an order that any number of ranks follows and resumes.
 
     name#N ── load_rows ──> {"prompt": [turns], "solution": "43", …} ── encode ──> + "prompt_ids"
-                            step_rows: which of these rows a step trains on
+                            rows_at: which of these rows comes when
 
 A row of GSM8K's layout     {"question": "What is 27 + 16?", "answer": "27 and 16 make 43. #### 43"}
 gets these two columns      {"prompt": [{"role": "user", "content": "What is 27 + 16?"}],
@@ -345,26 +345,25 @@ def split(rows: list[dict], ratio: float, seed: int = 42) -> tuple[list[dict], l
     return train, val
 
 
-def step_rows(step: int, prompts_per_step: int, num_rows: int, seed: int) -> list[int]:
-    """Indices of the rows whose groups make batch `step` (from 0).
+def rows_at(first: int, count: int, num_rows: int, seed: int) -> list[int]:
+    """Indices of the rows at the places from `first` on, in an endless sequence of epochs, each of
+    them all rows in an order of its own.
 
     These four numbers decide, so ranks agree without a word, and a run that resumes goes on as if
-    it had not stopped. Batches are cut from an endless sequence of epochs, each of them all rows in
-    an order of its own:
+    it had not stopped:
 
-        4 rows, 3 prompts a step     2 0 3 1 1 3 0 2 0 1 …
-                                     └─0─┘ └─1─┘ └─2─┘
+        4 rows, 3 prompts at a time    2 0 3 1 1 3 0 2 0 1 …
+                                       └─0─┘ └─3─┘ └─6─┘
     """
     rows = []
-    first = step * prompts_per_step
-    for place in range(first, first + prompts_per_step):
-        epoch, position = divmod(place, num_rows)  # a batch may begin one epoch and end in the next
+    for place in range(first, first + count):
+        epoch, position = divmod(place, num_rows)  # may begin in one epoch and end in the next
         order = _epoch_order(epoch, num_rows, seed)
         rows.append(order[position])
     return rows
 
 
-@functools.lru_cache(maxsize=4)  # a step asks for its epoch's order once a prompt
+@functools.lru_cache(maxsize=4)  # the epoch's order is asked for once a prompt
 def _epoch_order(epoch, num_rows, seed):
     rng = random.Random(f"{seed} {epoch}")  # as text, no two pairs are alike; sums would be
     return rng.sample(range(num_rows), num_rows)

@@ -59,7 +59,7 @@ class Options:
     bucket_size: Annotated[int, "elements in one collective of gradients", "from 1"] = 25_000_000
     ds3_gather_for_generation: Annotated[bool, "with zero3: whole weights for generation"] = True
     node_timeout: Annotated[float, "seconds another machine may be out of reach", "from 1"] = 30.0
-    weight_decay: Annotated[float, "AdamW's, on matrices", "from 0"] = 0.0
+    weight_decay: Annotated[float, "AdamW's, on matrices", "from 0"] = 0.1
     adam_beta1: Annotated[float, "decay of the first moment", "0 to 0.999999"] = 0.9
     adam_beta2: Annotated[float, "decay of the second moment", "0 to 0.999999"] = 0.999
     max_grad_norm: Annotated[float, "clip the gradient to this norm; 0 is off", "from 0"] = 1.0

@@ -18,10 +18,14 @@ The family is what these flags make of it. They combine freely; docs/family.md t
 
     name           arXiv       what it changes                         flags
     RLOO           2402.14740  A: r less the mean of the others        advantage_estimator rloo
-    REINFORCE++    2501.03262  A: over the batch's std of r - mean     … reinforce_plus_plus
+    REINFORCE++    2501.03262  A: r - mean, over the batch's std of it advantage_estimator reinforce_…
+                               both: the KL is taken off the reward    kl_in_reward
     GDPO           2601.05242  A: z-scores of each reward, weighted    scale_rewards gdpo
-    Dr. GRPO       2503.20783  A without the std; Σ / (N · longest)    … none, loss_type dr_grpo
-    DAPO           2503.14476  Σ / tokens; an upper ε of its own       loss_type dapo, epsilon_high
+    Dr. GRPO       2503.20783  A: without the std                      scale_rewards none
+                               loss: Σ over tokens / (N · longest)     loss_type dr_grpo
+    DAPO           2503.14476  loss: Σ over tokens / their number      loss_type dapo (or bnpo)
+                               an upper ε of its own                   epsilon_high
+                               groups of equal rewards are drawn anew  dynamic_sample (train.py)
                                completions that were cut do not count  overlong_filter
     CISPO          2506.13585  detach(min(ρ, ε_high)) A log π          loss_type cispo, epsilon_high
     SAPO           2511.20347  4/τ σ(τ (ρ - 1)) A: no hard clip        loss_type sapo, tau_pos, tau_neg
@@ -30,6 +34,7 @@ The family is what these flags make of it. They combine freely; docs/family.md t
     DeepSeek-V3.2  2512.02556  ρ k3, whose gradient is the KL's        kl_unbiased
                                none of A < 0 that became unlikely      off_policy_sequence_mask_delta
     80/20          2506.01939  only the step's most uncertain tokens   top_entropy_quantile
+    TIS            Yao et al.  × π_old / π_sampler, bounded            rollout_importance_sampling_mode
     entropy bonus  1602.01783  + coefficient · entropy                 entropy_coef
 
 To try a new idea, change the function that it belongs to.
@@ -81,13 +86,21 @@ class Options:
     top_entropy_quantile: Annotated[
         float, "share of tokens that count, the most uncertain ones", "above 0 to 1"
     ] = 1.0
+    kl_in_reward: Annotated[
+        bool | None, "take the KL off the reward, not the loss; else true but for grpo"
+    ] = None
+    rollout_importance_sampling_mode: Annotated[
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off"] | None,
+        "weights π_old / π_sampler: cut them, or leave out; else token_truncate with vLLM",
+    ] = None
+    rollout_importance_sampling_threshold: Annotated[float, "above this", "above 0"] = 2.0
     off_policy_sequence_mask_delta: Annotated[
         float | None, "leave out completions of A < 0 whose mean log ratio fell further", "from 0"
     ] = None
     overlong_filter: Annotated[bool, "completions cut at their largest length do not count"] = False
 
 
-PLAIN = Options()  # GRPO as the paper has it
+PAPER = Options()  # GRPO as the paper has it
 SCALES = {"grpo": "group", "rloo": "none", "reinforce_plus_plus": "batch"}  # by estimator
 
 
@@ -105,7 +118,7 @@ class Normalizers:
 
 
 def group_advantages(
-    rewards: Tensor, num_generations: int, options=PLAIN, scores: Scores = (), weights=()
+    rewards: Tensor, num_generations: int, options=PAPER, scores: Scores = (), weights=()
 ) -> tuple[Tensor, Tensor]:
     """Advantages of completions whose groups lie side by side (section 4.1.2, outcome supervision).
 
@@ -133,8 +146,8 @@ def group_advantages(
         centred = centred / (std + ADVANTAGE_EPS)
     elif scale != "none":
         # Over all N: of the rewards, or for REINFORCE++ and GDPO of what it divides.
-        plainly = scale == "batch" and estimator != "reinforce_plus_plus"
-        whole = rewards.std() if plainly else centred.std()
+        of_rewards = scale == "batch" and estimator != "reinforce_plus_plus"
+        whole = rewards.std() if of_rewards else centred.std()
         centred = centred / (whole + ADVANTAGE_EPS)
     return centred.flatten(), std.flatten()
 
@@ -163,7 +176,8 @@ def has_gradient(advantages: Tensor, options, truncated: Tensor | None = None) -
     bonus, or where entropies are compared over the step; else those whose advantage is not 0. None
     that overlong_filter takes out. truncated: which were cut, bool (N,)."""
     needed = advantages != 0
-    if options.beta or options.entropy_coef or options.top_entropy_quantile < 1:
+    kl = options.beta and not options.kl_in_reward
+    if kl or options.entropy_coef or options.top_entropy_quantile < 1:
         needed = torch.ones_like(needed)
     if options.overlong_filter and truncated is not None:
         needed = needed & ~truncated
@@ -182,14 +196,23 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.exp(difference) - difference - 1
 
 
-def importance_weights(old_logps: Tensor, sampler_logps: Tensor, clip_max: float) -> Tensor:
-    """π_old / π_sampler for each token, any shape, at most clip_max: what corrects for a sampler
-    whose kernels round differently, so that it drew from a policy that is not quite π_old.
+def importance_weights(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, options) -> Tensor:
+    """π_old / π_sampler, (B, T): what corrects for a sampler whose kernels round differently, so that
+    it drew from a policy that is not quite π_old. By the mode one weight a token, or one a
+    completion, exp(mean of the logarithms); where it is above the threshold, that, or 0.
 
     The bound keeps one odd token from ruling the step (truncated importance sampling: Yao et al.,
     "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025).
     """
-    return torch.exp(old_logps - sampler_logps).clamp(max=clip_max)
+    level, _, remedy = options.rollout_importance_sampling_mode.partition("_")
+    log_weights = old_logps - sampler_logps
+    if level == "sequence":
+        log_weights = mean_over_tokens(log_weights, mask)[:, None].expand_as(log_weights)
+    weights = torch.exp(log_weights)
+    threshold = options.rollout_importance_sampling_threshold
+    if remedy == "mask":
+        return weights.masked_fill(weights > threshold, 0.0)
+    return weights.clamp(max=threshold)
 
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
@@ -221,15 +244,18 @@ def grpo_loss(
     where all tokens count. options: anything with the fields of `Options`.
 
     The parts of all micro-batches and ranks add up. Metrics are means over a completion's tokens,
-    then over completions, whatever `aggregate` does.
+    then over completions, whatever `aggregate` does; of one named …/max the largest is taken.
     """
     tensors = (logps, entropies, old_logps, ref_logps, advantages, completion_mask, importance)
     per_token, metrics = objective(*tensors, least_entropy, options)
     loss = -aggregate(per_token, completion_mask, normalizers, options.loss_type)
     parts = {"loss": loss.detach()}
     for name, value in metrics.items():
-        means = mean_over_tokens(value.detach(), completion_mask)  # (B,)
+        value = value.detach()
+        means = mean_over_tokens(value, completion_mask)  # (B,)
         parts[name] = means.sum() / normalizers.completions
+        if name.endswith("/max") and value.numel():
+            parts[name] = (value * completion_mask).max()
     return loss, parts
 
 
@@ -254,17 +280,22 @@ def objective(
         surrogate = soft_gate(ratio, advantages, options) * advantages
     metrics = clip_metrics(ratio, advantages, low, high, ceiling)
 
+    left_out = torch.zeros_like(logps, dtype=torch.bool)
     if importance is not None:
         surrogate = surrogate * importance
+        left_out = importance == 0
     if options.off_policy_sequence_mask_delta is not None:
         drift = mean_over_tokens(-log_ratio.detach(), mask)[:, None]  # (B, 1)
         stale = (advantages < 0) & (drift > options.off_policy_sequence_mask_delta)
         surrogate = surrogate.masked_fill(stale, 0.0)
+        left_out = left_out | stale
         metrics["off_policy_masked"] = stale.float().expand_as(logps)
     if options.entropy_coef:
         surrogate = surrogate + options.entropy_coef * entropies
     if least_entropy is not None:
-        surrogate = surrogate * (entropies.detach() >= least_entropy)
+        certain = entropies.detach() < least_entropy
+        surrogate = surrogate.masked_fill(certain, 0.0)
+        left_out = left_out | certain
     if ref_logps is not None:
         kl = k3(logps, ref_logps)
         if options.kl_unbiased:
@@ -272,7 +303,7 @@ def objective(
         surrogate = surrogate - options.beta * kl
         metrics["kl"] = kl
         metrics["kl_bounded"] = (ref_logps - logps > MAX_LOG_RATIO).float()
-    return surrogate, metrics
+    return surrogate, metrics | {"left_out": left_out.float(), "entropy": entropies}
 
 
 def clip_metrics(ratio, advantages, low, high, ceiling) -> dict[str, Tensor]:
@@ -284,6 +315,8 @@ def clip_metrics(ratio, advantages, low, high, ceiling) -> dict[str, Tensor]:
         "clip_ratio": (fell | rose).float(),
         "clip_ratio/low": fell.float(),
         "clip_ratio/high": rose.float(),
+        "ratio/mean": ratio,
+        "ratio/max": ratio,
         "ratio_deviation": (ratio - 1).abs(),
     }
 

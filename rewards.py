@@ -34,7 +34,7 @@ class Options:
     """rewards"""
 
     reward_funcs: Annotated[
-        list[str], "accuracy, format, cosine, repetition, registered names"
+        list[str], "accuracy, format, cosine, repetition, soft_overlong, registered names"
     ] = ()
     reward_weights: Annotated[list[float] | None, "one a reward; all 1 when absent"] = None
     reward_model: Annotated[str | None, "sequence classifier, hub id or folder; comes last"] = None
@@ -45,6 +45,12 @@ class Options:
     cosine_min_len_value_correct: Annotated[float, "value of the shortest right answer"] = 1.0
     cosine_max_len_value_correct: Annotated[float, "value of the longest right answer"] = 0.5
     cosine_max_len: Annotated[int | None, "in tokens; else max_completion_length", "from 1"] = None
+    soft_max_length: Annotated[
+        int | None, "soft_overlong: tokens that earn -1; else max_completion_length", "from 1"
+    ] = None
+    soft_cache_length: Annotated[
+        int | None, "soft_overlong: it falls over so many before; else a fifth", "from 1"
+    ] = None
     repetition_n_grams: Annotated[int, "n of the n-grams counted", "from 1"] = 3
     repetition_max_penalty: Annotated[float, "value of nothing but repetition"] = -1.0
 
@@ -209,6 +215,28 @@ class Repetition(ORM):
         return (1 - len(set(grams)) / len(grams)) * self.penalty
 
 
+class SoftOverlong(ORM):
+    """0 for completions with room to spare, then in a line down to -1 (DAPO, arXiv 2503.14476,
+    equation 13). In tokens:
+
+        0 ──────────────────╮
+                             ╲
+                              ╰── -1
+        0 … max - cache … max_length
+    """
+
+    def __init__(self, soft_max_length, soft_cache_length, max_completion_length):
+        self.max_length = soft_max_length or max_completion_length
+        self.cache = soft_cache_length or max(1, self.max_length // 5)
+
+    def __call__(self, completions, *, completion_ids, **kwargs):
+        return [self.value(len(ids)) for ids in completion_ids]
+
+    def value(self, length):
+        beyond = length - (self.max_length - self.cache)
+        return -min(max(beyond / self.cache, 0.0), 1.0)
+
+
 class RewardModel:
     """A sequence classifier with one output, on prompt and completion in its own chat template."""
 
@@ -262,6 +290,7 @@ class RewardModel:
 
 # name → a function, or a class that is made with the run's flags
 orms = {"accuracy": Accuracy, "format": Format, "cosine": Cosine, "repetition": Repetition}
+orms["soft_overlong"] = SoftOverlong
 BUILT_IN = dict(orms)
 
 

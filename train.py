@@ -6,11 +6,14 @@
 `train` below is the algorithm. By the paper's line numbers:
 
     1        the policy π_θ is --model, and so is the reference π_ref
-    2, 3     an outer loop that takes a new reference: left out, one reference serves the whole run
+    2, 3     the outer loop, which takes a new reference: only with --sync_ref_model
     5 to 7   take P questions and sample G outputs of each from π_old = π_θ: --num_generations
     8, 9     score them (--reward_funcs, --reward_model) and compare each with its group
     10, 11   update μ times (--num_iterations) on the clipped objective (--epsilon, --beta)
     12       training the reward model further: left out
+
+Beyond the paper: sampling again where a group teaches nothing (--dynamic_sample), several steps'
+completions at once (--steps_per_generation), the KL as a part of the reward (--kl_in_reward).
 
 All probabilities are those of softmax(logits / temperature), which the sampler draws from. Beside the
 paper's defaults G is 8, for 64, and LoRA is trained, unless --train_type full.
@@ -48,7 +51,18 @@ import dist
 import grpo
 import lora
 from rewards import Rewards, total
-from run import checkpoints, checks, health, log, models, placement, plan, session
+from run import (
+    checkpoints,
+    checks,
+    combinations,
+    drift,
+    health,
+    log,
+    models,
+    placement,
+    plan,
+    session,
+)
 from sampler import Completion, ModelSampler, Sampler, VLLMSampler
 
 try:
@@ -69,7 +83,7 @@ class ModelOptions:
     model: Annotated[str | None, "hub id or local folder; else the embedded model"] = None
     torch_dtype: Annotated[Literal["bfloat16", "float32"], "of the weights"] = "bfloat16"
     train_type: Annotated[Literal["lora", "full"], "adapters, or all weights"] = "lora"
-    gradient_checkpointing: Annotated[bool, "recompute activations: less memory"] = False
+    gradient_checkpointing: Annotated[bool, "recompute activations: less memory"] = True
     plain: Annotated[bool, "train without the parts in fast/: slower, same results"] = False
 
 
@@ -90,18 +104,38 @@ class TrainingOptions:
     seed: Annotated[int, "of everything that is random", "0 to 9223372036854775808"] = 42
 
 
+@dataclass(frozen=True)
+class RolloutOptions:
+    """rollouts and reference"""
+
+    steps_per_generation: Annotated[
+        int | None, "micro-batches a rollout, K; else gradient_accumulation_steps", "from 1"
+    ] = None
+    generation_batch_size: Annotated[
+        int | None, "the same by its size: completions a rollout", "from 1"
+    ] = None
+    dynamic_sample: Annotated[bool, "draw anew in place of groups whose rewards are equal"] = False
+    max_resample_times: Annotated[int, "so often at most", "from 1"] = 3
+    sync_ref_model: Annotated[bool, "let the reference follow the policy"] = False
+    ref_model_sync_steps: Annotated[int, "every so many steps", "from 1"] = 512
+    ref_model_mixup_alpha: Annotated[float, "ref ← α policy + (1 - α) ref", "0 to 1"] = 0.6
+
+
 def train(args: argparse.Namespace, world: dist.World) -> None:
     """Algorithm 1. args has a field for every option (run/flags.py)."""
     inputs = checks.prepare(args, world)  # what can be wrong is found here
     N = checkpoints.step_size(args, world)  # completions of one optimizer step, on all ranks
-    P = N // args.num_generations  # their prompts
-    steps_per_epoch = args.num_iterations * len(inputs.train_rows) / P
+    M = checkpoints.rollout_size(args, world.size) // N  # steps that walk through a rollout once
+    P = M * N // args.num_generations  # prompts of a rollout
+    steps_per_rollout = M * args.num_iterations
+    steps_per_epoch = steps_per_rollout * len(inputs.train_rows) / P
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
     policy, reference = load_policy(args, world)
     waits = log.Waits(world.device)
     optimizer = make_optimizer(args, policy, waits)
-    progress = checkpoints.resume(args, world, optimizer)  # step 0, or where a checkpoint stands
+    # Step 0, or where a checkpoint stands.
+    progress = checkpoints.resume(args, world, optimizer, reference)
     sampler = make_sampler(args, world, policy, inputs.tokenizer)
     inputs.rewards.start()
     for line in health.before_the_first_step(args, policy, len(inputs.train_rows), P, max_steps):
@@ -116,37 +150,33 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     while progress.step < max_steps:
         started = time.perf_counter()
         # Sample G completions of each of P prompts, score them, compare each with its group:
-        # N completions with their rewards (N,) and advantages (N,), on every rank.
-        number = math.ceil(progress.step / args.num_iterations)  # a batch cut short has been used
-        order = data.step_rows(number, P, len(inputs.train_rows), args.seed)
-        prompts = [inputs.train_rows[i] for i in order]
-        batch = draw(run, prompts, args.num_generations, number, progress.step + 1)
-        metrics = log.metrics_of(batch, run.rewards.names)
-        journal.completions(progress.step + 1, batch, run)
-        progress.num_tokens += batch.num_tokens
+        # M·N completions with their rewards (M·N,) and advantages (M·N,), on every rank.
+        rollout = draw_rollout(run, inputs.train_rows, P, progress)
+        if reference is not None and args.kl_in_reward:
+            take_off_kl(run, policy, reference, rollout)  # compares anew
+        metrics = log.metrics_of(rollout, run.rewards.names)
+        journal.completions(progress.step + 1, rollout, run)
 
-        # This rank's part of those with a gradient, in micro-batches: B completions, few if they
-        # are long, with their advantages (B,).
-        micro_batches, num_trained = share_out(run, batch)
-        normalizers = grpo.Normalizers(
-            completions=N,
-            tokens=batch.tokens_that_count(args.overlong_filter),
-            longest=args.max_completion_length,
-        )
-        if reference is not None:
-            for micro in micro_batches:
-                micro.ref_logps = reference_logps(args, reference, micro)  # (B, T)
+        # This rank's part of each step's N completions, of those with a gradient: micro-batches of
+        # B completions, few if they are long, with their advantages (B,).
+        steps = [share_out(run, part) for part in rollout.split(M)]
+        for k, step in enumerate(steps):
+            for micro in step.micro_batches:
+                if reference is not None and not args.kl_in_reward:
+                    micro.ref_logps = reference_logps(args, reference, micro)  # (B, T)
+                if k > 0:  # the policy will have left the one that sampled
+                    micro.old_logps = frozen_logps(args, policy, micro)  # (B, T)
 
-        # Update μ times on the same batch. From the second time on the policy is no longer the one
-        # that sampled: the ratio leaves 1, and the clip acts.
-        for _ in range(min(args.num_iterations, max_steps - progress.step)):
+        # Update on each of the M parts, μ times. From the second update on the policy is no longer
+        # the one that sampled: the ratio leaves 1, and the clip acts.
+        for step in (steps * args.num_iterations)[: max_steps - progress.step]:
             training = time.perf_counter()
             # Dropout's random numbers, the same when a run is resumed.
             stream = DROPOUT + progress.step
             torch.manual_seed(seed_of(args.seed, stream, world.rank))
-            least_entropy = least_entropy_of(args, world, policy, micro_batches)
-            sums = {"loss": 0.0, "clip_ratio": 0.0}  # what a step without any gradient tells
-            for micro in micro_batches:
+            least_entropy = least_entropy_of(args, world, policy, step.micro_batches)
+            tally = log.Tally()
+            for micro in step.micro_batches:
                 # All (B, T); the mask is 1 on completion tokens and 0 on padding.
                 logps, entropies, mask = logps_of(args, policy, micro)
                 if not micro.completions:
@@ -162,23 +192,24 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     micro.ref_logps,
                     micro.advantages,
                     mask,
-                    importance_of(args, micro),
+                    importance_of(args, micro, mask),
                     least_entropy,
                     options=args,
-                    normalizers=normalizers,
+                    normalizers=step.normalizers,
                 )
                 # Gradients add up over micro-batches and ranks; the loss is divided for that.
                 optimizer.backward(loss)
-                entropy = grpo.mean_over_tokens(entropies.detach(), mask).sum()
-                parts["entropy"] = entropy / num_trained
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
+                for name in ("entropy", "ratio/mean"):  # of those alone that are trained on
+                    parts[name] *= N / step.num_trained
+                tally.add(parts)
             learning_rate = args.learning_rate * schedule(args, progress.step, max_steps)
             grad_norm = optimizer.step(learning_rate)
             sampler.take_weights(policy)
             progress.step += 1
+            if args.sync_ref_model and progress.step % args.ref_model_sync_steps == 0:
+                follow(reference, policy, args.ref_model_mixup_alpha)
 
-            metrics |= world.sum(sums) | log.drift(world, micro_batches)
+            metrics |= tally.over(world) | drift.metrics(args, world, step.micro_batches)
             metrics |= {"grad_norm": grad_norm, "time/comm": waits.seconds()}
             metrics["time/train"] = time.perf_counter() - training
             metrics["time/step"] = time.perf_counter() - started
@@ -187,12 +218,12 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             started = time.perf_counter()
 
         at_end = progress.step == max_steps
-        at_last = at_end and flags.evaluates(args)
-        if at_last or reached(args.eval_steps, progress.step, args.num_iterations):
+        at_last = at_end and combinations.evaluates(args)
+        if at_last or reached(args.eval_steps, progress.step, steps_per_rollout):
             evaluate(run, inputs.val_rows, progress.step, journal)
-        if at_end or reached(args.save_steps, progress.step, args.num_iterations):
+        if at_end or reached(args.save_steps, progress.step, steps_per_rollout):
             progress.completions_per_step = N
-            checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress)
+            checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress, reference)
     journal.close()
 
 
@@ -264,6 +295,58 @@ class Batch:
             self.metrics,
         )
 
+    def split(self, parts: int) -> list["Batch"]:
+        """As many equal batches, in order."""
+        size = len(self.completions) // parts
+        return [self.select(list(range(i, i + size))) for i in range(0, parts * size, size)]
+
+    def __add__(self, other: "Batch") -> "Batch":
+        """Both, one after the other; what was counted and timed adds up."""
+        metrics = dict(self.metrics)
+        for name, value in other.metrics.items():
+            metrics[name] = metrics.get(name, 0) + value
+        return Batch(
+            self.prompt_ids + other.prompt_ids,
+            self.completions + other.completions,
+            self.scores + other.scores,
+            torch.cat([self.rewards, other.rewards]),
+            torch.cat([self.advantages, other.advantages]),
+            metrics,
+        )
+
+
+def draw_rollout(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:
+    """The completions of the next prompts.
+
+    With --dynamic_sample a group whose rewards are all equal, which teaches nothing, makes room for
+    one of the prompts behind, until there is none or the tries are used up (DAPO, arXiv 2503.14476,
+    section 3.2).
+    """
+    G, draws, prompts = run.args.num_generations, progress.draws, progress.prompts
+    rollout = draw_next(run, rows, num_prompts, progress)
+    for _ in range(run.args.max_resample_times if run.args.dynamic_sample else 0):
+        teaches = rollout.advantages.view(-1, G).any(dim=1)  # (P,)
+        missing = num_prompts - int(teaches.sum())
+        if missing == 0:
+            break
+        kept = teaches.repeat_interleave(G).nonzero().flatten().tolist()
+        rollout = rollout.select(kept) + draw_next(run, rows, missing, progress)
+        compare(run, rollout, rollout.rewards, G)
+    rollout.metrics["draws"] = progress.draws - draws
+    rollout.metrics["drawn_completions"] = G * (progress.prompts - prompts)
+    return rollout
+
+
+def draw_next(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:
+    """Go on in the data, with random numbers that no other draw has."""
+    order = data.rows_at(progress.prompts, num_prompts, len(rows), run.args.seed)
+    prompts = [rows[i] for i in order]
+    batch = draw(run, prompts, run.args.num_generations, progress.draws, progress.step + 1)
+    progress.prompts += num_prompts
+    progress.draws += 1
+    progress.num_tokens += batch.num_tokens
+    return batch
+
 
 def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: int) -> Batch:
     """Sample `num_generations` completions for each row, score them, compare each with its group.
@@ -290,19 +373,25 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     rewards = torch.tensor(total(scores, run.rewards.weights))  # (N,)
     scored = time.perf_counter()
 
-    # Compare.
     metrics = world.sum(run.rewards.metrics()) | run.sampler.metrics
-    advantages = torch.zeros(N)  # of single completions, as evaluations may draw
-    if num_generations > 1:
-        advantages, stds = grpo.group_advantages(  # (N,), (N / G,)
-            rewards, num_generations, run.args, scores, run.rewards.weights
-        )
-        metrics["reward_std"] = stds.mean().item()
-        teaches = advantages.view(-1, num_generations).any(dim=1)
-        metrics["zero_std_groups"] = (~teaches).float().mean().item()
     metrics["time/generate"] = sampled - started - metrics.get("time/sync", 0.0)
     metrics["time/reward"] = scored - sampled
-    return Batch(prompt_ids, completions, scores, rewards, advantages, metrics)
+    batch = Batch(prompt_ids, completions, scores, rewards, torch.zeros(N), metrics)
+
+    # Compare. Evaluations may draw single completions.
+    if num_generations > 1:
+        compare(run, batch, rewards, num_generations)
+    return batch
+
+
+def compare(run: Run, batch: Batch, rewards: Tensor, G: int) -> None:
+    """Each completion's reward (N,) with those of its group: the advantages of a batch, in place."""
+    batch.advantages, stds = grpo.group_advantages(  # (N,), (N / G,)
+        rewards, G, run.args, batch.scores, run.rewards.weights
+    )
+    teaches = batch.advantages.view(-1, G).any(dim=1)  # (N / G,)
+    batch.metrics["reward_std"] = stds.mean().item()
+    batch.metrics["zero_std_groups"] = (~teaches).float().mean().item()
 
 
 def score(run: Run, rows: list[dict], completions: list[Completion], step: int) -> list[list]:
@@ -317,21 +406,36 @@ def score(run: Run, rows: list[dict], completions: list[Completion], step: int) 
     return run.rewards(run.texts(completions), completion_ids=ids, step=step, **columns)
 
 
-def share_out(run: Run, batch: Batch) -> tuple[list[Batch], int]:
-    """This rank's micro-batches, and how many completions all ranks train on.
+@dataclass
+class Step:
+    """What one optimizer step takes on this rank."""
+
+    micro_batches: list[Batch]
+    num_trained: int  # completions that all ranks train on
+    normalizers: grpo.Normalizers
+
+
+def share_out(run: Run, batch: Batch) -> Step:
+    """This rank's part of a step's N completions.
 
     Those with a gradient are shared out by tokens, whoever sampled them. Every rank has as many
     micro-batches, perhaps empty ones: with ZeRO-3 its forward passes are part of the others'.
     """
-    useful = grpo.has_gradient(batch.advantages, run.args, batch.truncated)  # (N,)
+    args, world = run.args, run.world
+    useful = grpo.has_gradient(batch.advantages, args, batch.truncated)  # (N,)
     trained = useful.nonzero().flatten().tolist()
     lengths = [len(ids) for ids in batch.completion_ids]
-    shares = split_evenly(trained, lengths, run.world.size)
-    parts = split_evenly(shares[run.world.rank], lengths, run.args.gradient_accumulation_steps)
+    shares = split_evenly(trained, lengths, world.size)
+    parts = split_evenly(shares[world.rank], lengths, args.gradient_accumulation_steps)
     micro_batches = [batch.select(part) for part in parts]
     for micro in micro_batches:
-        micro.advantages = micro.advantages.to(run.world.device)
-    return micro_batches, len(trained)
+        micro.advantages = micro.advantages.to(world.device)
+    normalizers = grpo.Normalizers(
+        completions=len(batch.completions),
+        tokens=batch.tokens_that_count(args.overlong_filter),
+        longest=args.max_completion_length,
+    )
+    return Step(micro_batches, len(trained), normalizers)
 
 
 def split_evenly(items: list[int], lengths: list[int], parts: int) -> list[list[int]]:
@@ -355,13 +459,46 @@ def logps_of(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> 
     return dist.forward(function, model, prompt_ids, completion_ids, args.temperature)
 
 
+def frozen_logps(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> Tensor:
+    """Log-probabilities (B, T) without a gradient and without dropout."""
+    training = model.training
+    with torch.no_grad():
+        logps, _, _ = logps_of(args, model.eval(), micro)
+    model.train(training)
+    return logps
+
+
 def reference_logps(args: argparse.Namespace, reference: torch.nn.Module, micro: Batch) -> Tensor:
     """The reference policy's log-probabilities, (B, T): for LoRA the policy's without adapters."""
-    training = reference.training
-    with torch.no_grad(), lora.disabled(reference.eval()):
-        logps, _, _ = logps_of(args, reference, micro)
-    reference.train(training)
-    return logps
+    with lora.disabled(reference):
+        return frozen_logps(args, reference, micro)
+
+
+def take_off_kl(run: Run, policy, reference, batch: Batch) -> None:
+    """--kl_in_reward: compare r - β log π/π_ref of the whole completion, whose mean is the KL.
+
+    Both are the trainer's own: the sampler's rounding would tell completions apart that are alike.
+    """
+    args, N = run.args, len(batch.completions)
+    lengths = [len(ids) for ids in batch.completion_ids]
+    own = list(run.world.part_of(N))
+    passes = math.ceil(N / (run.world.size * args.per_device_train_batch_size))
+    sums = []
+    for part in split_evenly(own, lengths, passes):  # as many on every rank
+        micro = batch.select(part)
+        difference = frozen_logps(args, policy, micro) - reference_logps(args, reference, micro)
+        sums += difference.sum(dim=1).tolist()[: len(part)]
+    log_ratios = torch.tensor(run.world.gather(sums))  # (N,)
+    batch.metrics["kl"] = (log_ratios / torch.tensor(lengths)).mean().item()  # of a token
+    compare(run, batch, batch.rewards - args.beta * log_ratios, args.num_generations)
+
+
+@torch.no_grad()
+def follow(reference: torch.nn.Module, policy: torch.nn.Module, alpha: float) -> None:
+    """The reference moves towards the policy: ref ← α policy + (1 - α) ref."""
+    for old, new in zip(reference.parameters(), policy.parameters()):
+        old, new = dist.local(old), dist.local(new)  # with ZeRO-3 a part of each
+        old.copy_(old.float().lerp(new.float(), alpha))
 
 
 def least_entropy_of(
@@ -383,14 +520,13 @@ def least_entropy_of(
     return grpo.entropy_threshold(torch.cat(everyone), args.top_entropy_quantile)
 
 
-def importance_of(args: argparse.Namespace, micro: Batch) -> Tensor | None:
-    """What corrects for a sampler that is not the trainer's own model, (B, T); else None."""
-    if not (args.use_vllm and args.vllm_importance_sampling_correction):
+def importance_of(args: argparse.Namespace, micro: Batch, mask: Tensor) -> Tensor | None:
+    """What corrects for a sampler that is not quite the trainer's own model, (B, T); else None."""
+    if args.rollout_importance_sampling_mode == "off":
         return None
     rows = [torch.tensor(completion.logps) for completion in micro.completions]
     sampler_logps = pad_sequence(rows, batch_first=True).to(micro.old_logps.device)
-    clip_max = args.vllm_importance_sampling_clip_max
-    return grpo.importance_weights(micro.old_logps, sampler_logps, clip_max)
+    return grpo.importance_weights(micro.old_logps, sampler_logps, mask, args)
 
 
 def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
@@ -502,9 +638,9 @@ def schedule(args: argparse.Namespace, step: int, max_steps: int) -> float:
     return 1.0
 
 
-def reached(every: int | None, step: int, num_iterations: int) -> bool:
-    """Whether the batch that ended with `step` went over a multiple of `every`."""
-    return bool(every) and step // every > (step - num_iterations) // every
+def reached(every: int | None, step: int, steps_per_rollout: int) -> bool:
+    """Whether the rollout that ended with `step` went over a multiple of `every`."""
+    return bool(every) and step // every > (step - steps_per_rollout) // every
 
 
 def main(argv: list[str]) -> None:

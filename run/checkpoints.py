@@ -12,6 +12,7 @@ ranks. There is no pickle in it.
 
 import argparse
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import dist
 import lora
 from data import UsageError, one_line
+from run import reference as run_reference
 
 # Flags that may change from a run to the one that resumes it without a word.
 NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
@@ -58,6 +60,8 @@ class Progress:
 
     step: int = 0  # optimizer steps made
     num_tokens: int = 0  # in all prompts and completions so far
+    draws: int = 0  # batches sampled, which number the random numbers
+    prompts: int = 0  # places of the data's order that they took
     unlogged: list[dict] = field(default_factory=list)  # metrics of steps that no line told yet
     completions_per_step: int | None = None
 
@@ -65,6 +69,13 @@ class Progress:
 def step_size(args: argparse.Namespace, world) -> int:
     """Completions of one optimizer step, on all ranks."""
     return world.size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+def rollout_size(args: argparse.Namespace, world_size: int) -> int:
+    """Completions that are sampled together, on all ranks: those of one optimizer step, or more."""
+    micro_batches = args.steps_per_generation or args.gradient_accumulation_steps
+    size = world_size * args.per_device_train_batch_size * micro_batches
+    return args.generation_batch_size or size
 
 
 # The folder -------------------------------------------------------------------------------------
@@ -147,12 +158,13 @@ def move_away(paths: list[Path], folder: Path, what: str) -> None:
 # Saving -----------------------------------------------------------------------------------------
 
 
-def save(args, world, model, tokenizer, optimizer, progress: Progress) -> None:
+def save(args, world, model, tokenizer, optimizer, progress: Progress, reference=None) -> None:
     """Write checkpoint-<step>. A collective call: every rank gives its part of the state.
 
     SaveError on every rank where it cannot be written; earlier checkpoints stay as they are.
     """
     state = optimizer_state(optimizer)
+    reference_state = run_reference.state_of(args, reference)
     problem = None
     if world.is_main:
         folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
@@ -162,6 +174,7 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress) -> None:
             save_model(args, model, state, unfinished)
             tokenizer.save_pretrained(unfinished)
             save_file(state, unfinished / "optimizer.safetensors")
+            run_reference.write(reference_state, unfinished)
             (unfinished / "trainer_state.json").write_text(json.dumps(asdict(progress)) + "\n")
             unfinished.rename(folder)  # a checkpoint that is there is whole
         except (OSError, SafetensorError) as error:  # no room, no right to write
@@ -299,18 +312,24 @@ def flat_state(optimizer: dist.ZeroAdamW, bucket: dist.Bucket, values: Iterator[
 # Resuming ---------------------------------------------------------------------------------------
 
 
-def resume(args: argparse.Namespace, world, optimizer) -> Progress:
+def resume(args: argparse.Namespace, world, optimizer, reference=None) -> Progress:
     """Take the optimizer's state of the checkpoint that --resume_from_checkpoint names, which
-    holds the weights, too. Only rank 0 needs to have it on its disk."""
+    holds the weights, too, and a reference that moves. Only rank 0 needs to have it on its disk."""
     if not args.resume_from_checkpoint:
         return Progress()
-    file = state = None
+    folder = checkpoint_to_resume(args)
+    state = None
     if world.is_main:
-        folder = checkpoint_to_resume(args)
-        file = folder / "optimizer.safetensors"
         state = json.loads((folder / "trainer_state.json").read_text())
-    load_optimizer_state(optimizer, FileOfMain(world, file))
-    return Progress(**world.from_main(state))
+    load_optimizer_state(optimizer, FileOfMain(world, folder / "optimizer.safetensors"))
+    if args.sync_ref_model and world.from_main((folder / run_reference.FILE).exists()):
+        run_reference.load(reference, FileOfMain(world, folder / run_reference.FILE))
+    progress = Progress(**world.from_main(state))
+    if not progress.draws:  # an earlier version counted steps alone; a rollout cut short is used up
+        progress.draws = math.ceil(progress.step / args.num_iterations)
+        prompts = rollout_size(args, world.size) // args.num_generations
+        progress.prompts = progress.draws * prompts
+    return progress
 
 
 class FileOfMain:
@@ -320,7 +339,7 @@ class FileOfMain:
     Rank 0 reads one tensor at a time and sends it to the others, so no rank holds more than that.
     """
 
-    def __init__(self, world, path: Path | None):
+    def __init__(self, world, path: Path):
         self.world = world
         self.file = safe_open(path, "pt") if world.is_main else None
         names = self.file.keys() if world.is_main else ()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import data
 from data import UsageError
-from run import checkpoints, flags, models, placement, readers
+from run import checkpoints, combinations, models, placement, readers
 from run.fingerprint import Fingerprint
 from run.judge import Judge
 from run.log import say
@@ -113,7 +113,7 @@ def contents(args: argparse.Namespace, inputs: Inputs) -> dict[str, str]:
 
 
 def read_inputs(args: argparse.Namespace, world) -> Inputs:
-    flags.check(args, world.size)
+    combinations.check(args, world.size)
     if args.use_vllm:
         placement.device_of(args)
     if world.is_main:  # it alone writes; other nodes may have disks of their own
@@ -138,7 +138,7 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
     if args.use_vllm:
         fit_vllm(args, needed, models.context_of(config))
     if (
-        flags.evaluates(args) and not args.val_dataset
+        combinations.evaluates(args) and not args.val_dataset
     ):  # only now: --max_length leaves no side empty
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
@@ -155,7 +155,7 @@ def read_rows(args: argparse.Namespace, world) -> tuple[list[dict], list[dict]]:
     train_rows = data.load_rows(args.dataset, **settings)
     if not args.val_dataset:
         return train_rows, []
-    if not flags.evaluates(args):
+    if not combinations.evaluates(args):
         hint = "never evaluated on without --eval_steps or --eval_on_start true"
         say(world, f"--val_dataset: {hint}")
     return train_rows, data.load_rows(args.val_dataset, flag="--val_dataset", **settings)

@@ -18,9 +18,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
-import math
 import os
 import shlex
 import sys
@@ -28,8 +26,8 @@ import time
 import typing
 from pathlib import Path
 
-import data
 from data import UsageError
+from run import combinations
 from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,11 +46,20 @@ DEMO = (
     f"--external_plugins {shlex.quote(str(PLUGIN))} "
     "--reward_funcs accuracy format close --reward_weights 1 0.2 1 "
     "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 "
-    "--learning_rate 3e-4 --lr_scheduler_type linear --beta 0 --num_generations 4 "
+    "--learning_rate 3e-4 --lr_scheduler_type linear --weight_decay 0 --beta 0 "
+    "--num_generations 4 --gradient_checkpointing false "
     "--temperature 1.0 --max_completion_length 32 --max_steps 140 --log_completions true "
     "--num_generations_eval 1 --eval_on_start true --eval_steps 28"
 )
 
+
+# Flags that earlier versions had, and what does the same.
+RENAMED = {
+    "--vllm_importance_sampling_correction": "--rollout_importance_sampling_mode",
+    "--vllm_importance_sampling_clip_max": "--rollout_importance_sampling_threshold",
+}
+# Newer names of ms-swift's for the guide's flags.
+OTHER_NAMES = {"train_type": ["tuner_type"]}
 
 # What the seven declare ------------------------------------------------------------------------
 
@@ -93,7 +100,8 @@ def add_flag(group, field: dataclasses.Field) -> None:
         settings |= {"type": planned, "metavar": "true|false|N"}
     elif kind in (int, float):
         settings["type"] = number(kind, *bounds)
-    group(f"--{field.name}", **settings)
+    names = [field.name, *OTHER_NAMES.get(field.name, ())]
+    group(*(f"--{name}" for name in names), **settings)
 
 
 def make_parser() -> "Parser":
@@ -143,7 +151,7 @@ def answer_early(argv: list[str]) -> None:
     args = parse_args(expand(argv))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        check(args, processes if isinstance(args.dry_run, bool) else args.dry_run)
+        combinations.check(args, processes if isinstance(args.dry_run, bool) else args.dry_run)
     except UsageError as error:
         fail(str(error))
 
@@ -155,6 +163,8 @@ def refuse_unknown(parser: "Parser", argv: list[str]) -> None:
         if word.startswith("--") and flag not in known:
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists all"
+            if now := RENAMED.get(flag):
+                hint = f"it is {now} now"
             parser.error(f"{flag}: no such flag; {hint}")
 
 
@@ -195,7 +205,13 @@ def complete(args: argparse.Namespace) -> None:
         args.resume_from_checkpoint = None
     args.model = args.model or str(EMBEDDED_MODEL)
     args.num_generations_eval = args.num_generations_eval or args.num_generations
+    if args.kl_in_reward is None:
+        args.kl_in_reward = args.advantage_estimator != "grpo"
+    if args.rollout_importance_sampling_mode is None:
+        args.rollout_importance_sampling_mode = "token_truncate" if args.use_vllm else "off"
     args.cosine_max_len = args.cosine_max_len or args.max_completion_length
+    args.soft_max_length = args.soft_max_length or args.max_completion_length
+    args.soft_cache_length = args.soft_cache_length or max(1, args.soft_max_length // 5)
     if args.learning_rate is None:
         args.learning_rate = {"lora": 1e-4, "full": 1e-6}[args.train_type]
 
@@ -217,113 +233,6 @@ def demo(processes: int, bfloat16: bool) -> list[str]:
         *("--gradient_accumulation_steps", str(accumulation)),
         *("--per_device_eval_batch_size", str(256 // processes)),
     ]
-
-
-# What can be said of flags alone ---------------------------------------------------------------
-
-
-def check(args: argparse.Namespace, world_size: int) -> None:
-    """UsageError for flags that do not go together, whatever model and data they name."""
-    if args.device_memory_gb and not args.dry_run:
-        raise UsageError(
-            f"--device_memory_gb {args.device_memory_gb:g}: only a plan asks for it; "
-            "--dry_run true works"
-        )
-    check_objective(args)
-    check_vllm(args)
-    check_split(args)
-    if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
-        raise UsageError(
-            "--report_to wandb: wandb is not installed; pip install wandb, "
-            "or --report_to tensorboard"
-        )
-    accumulation = args.gradient_accumulation_steps
-    check_groups(args, world_size, "per_device_train_batch_size", "num_generations", accumulation)
-    if args.val_dataset or evaluates(args):
-        check_groups(args, world_size, "per_device_eval_batch_size", "num_generations_eval", 1)
-
-
-def evaluates(args: argparse.Namespace) -> bool:
-    return bool(args.eval_steps or args.eval_on_start)
-
-
-def check_objective(args: argparse.Namespace) -> None:
-    """Parts of the family of objectives that have no meaning together (grpo.py)."""
-    loss, estimator = args.loss_type, args.advantage_estimator
-    bound = args.epsilon_high
-    if loss == "cispo" and bound is None:
-        raise UsageError("--loss_type cispo: needs a bound for the ratio; --epsilon_high 5 works")
-    if loss == "cispo" and bound < 1:
-        raise UsageError(
-            f"--epsilon_high {bound:g}: bounds the ratio itself with cispo, which begins at 1; 5 works"
-        )
-    if loss in ("cispo", "sapo") and args.importance_sampling_level == "sequence":
-        raise UsageError(
-            f"--importance_sampling_level sequence: {loss} is defined for each token's ratio; "
-            "token, or --loss_type grpo, bnpo, dapo or dr_grpo, works"
-        )
-    if loss in ("cispo", "sapo") and args.delta is not None:
-        raise UsageError(
-            f"--delta {args.delta:g}: {loss} bounds the ratio in a way of its own; without it, "
-            "or with --loss_type grpo, bnpo, dapo or dr_grpo, works"
-        )
-    if args.scale_rewards == "gdpo" and estimator != "grpo":
-        raise UsageError(
-            f"--scale_rewards gdpo: has advantages of its own, not those of {estimator}; "
-            "--advantage_estimator grpo, or --scale_rewards group, batch or none, works"
-        )
-
-
-def check_split(args: argparse.Namespace) -> None:
-    """A share to evaluate on that somebody has set, but that nothing would evaluate."""
-    ratio = args.split_dataset_ratio
-    if ratio == data.Options().split_dataset_ratio:
-        return
-    if args.val_dataset:
-        raise UsageError(
-            f"--split_dataset_ratio {ratio}: --val_dataset has the rows; one of the two works"
-        )
-    if not evaluates(args):
-        works = "--eval_steps N or --eval_on_start true works"
-        raise UsageError(f"--split_dataset_ratio {ratio}: nothing evaluates on that share; {works}")
-
-
-def check_vllm(args: argparse.Namespace) -> None:
-    if not args.use_vllm:
-        return
-    if args.deepspeed == "zero3" and not args.ds3_gather_for_generation:
-        raise UsageError(
-            "--ds3_gather_for_generation false: vLLM needs whole weights; true, "
-            "or --use_vllm false, works"
-        )
-    if (
-        not args.dry_run and importlib.util.find_spec("vllm") is None
-    ):  # a plan may be another machine's
-        raise UsageError(
-            "--use_vllm true: vLLM is not installed; make vllm installs it, "
-            "--use_vllm false samples without"
-        )
-    if args.temperature < 0.01:
-        raise UsageError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
-
-
-def check_groups(args, world_size: int, batch_flag: str, group_flag: str, accumulation: int):
-    """Whether groups of G fill a batch of all ranks."""
-    batch, group = getattr(args, batch_flag), getattr(args, group_flag)
-    total = world_size * batch * accumulation
-    if total % group == 0:
-        return
-    parts = f"{world_size} processes × {batch_flag} {batch}"
-    if accumulation > 1:
-        parts += f" × accumulation {accumulation}"
-    would = "what would is "
-    if divisors := [str(n) for n in range(2, total + 1) if total % n == 0]:
-        would = f"--{group_flag} {', '.join(divisors)} would, and so would "
-    ranks = world_size * accumulation
-    raise UsageError(
-        f"--{group_flag} {group}: does not divide the {total} completions of {parts}; "
-        f"{would}--{batch_flag} {math.lcm(group, ranks) // ranks}"
-    )
 
 
 # What argparse says ---------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Metrics are whatever the loss, the rewards and the sampler return: a new name ne
 """
 
 import json
+import resource
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,9 @@ ONCE_A_BATCH = {"time/sync", "time/generate", "time/reward", *COUNTERS}
 class Options:
     """logs"""
 
-    logging_steps: Annotated[int, "log the means of so many steps", "from 1"] = 1
+    logging_steps: Annotated[
+        int, "log the means of so many steps; the first by itself", "from 1"
+    ] = 1
     log_completions: Annotated[bool, "write completions.jsonl, or a W&B table"] = False
     report_to: Annotated[list[Literal["none", "tensorboard", "wandb"]], "besides metrics.jsonl"] = (
         "none",
@@ -60,10 +64,15 @@ def metrics_of(batch, names: list[str]) -> dict[str, float]:
         values = [value for value in column if value is not None]
         if values:
             metrics[f"rewards/{name}"] = sum(values) / len(values)
-    metrics["completion_length"] = sum(map(len, batch.completion_ids)) / N
-    metrics["clipped_completions"] = (
-        sum(not completion.finished for completion in batch.completions) / N
-    )
+            metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
+    lengths = [len(ids) for ids in batch.completion_ids]
+    ended = [len(done.ids) for done in batch.completions if done.finished]
+    metrics["completion_length"] = sum(lengths) / N
+    metrics["completion_length/min"] = min(lengths)
+    metrics["completion_length/max"] = max(lengths)
+    if ended:
+        metrics["completion_length/ended"] = sum(ended) / len(ended)
+    metrics["clipped_completions"] = 1 - len(ended) / N
     return metrics | batch.metrics
 
 
@@ -80,21 +89,31 @@ def records_of(batch, run) -> list[dict]:
     ]
 
 
-def drift(world, micro_batches: list) -> dict[str, float]:
-    """Mean and maximum over all ranks' tokens of |trainer - sampler| of a log-probability.
+class Tally:
+    """Parts of a step's metrics, of micro-batches and then of ranks: they add up, but for names that
+    end in /max, of which the largest counts. A step without any gradient has a loss, too."""
 
-    A sampler that lags behind, or draws from another distribution, shows here.
-    """
-    differences = []
-    for micro in micro_batches:
-        if micro.completions:
-            for ours, completion in zip(micro.old_logps.tolist(), micro.completions):
-                differences += [abs(a - b) for a, b in zip(ours, completion.logps)]
-    own = (sum(differences), len(differences), max(differences, default=0.0))
-    sums, counts, maxima = zip(*world.gather([own]))
-    if not sum(counts):
-        return {}
-    return {"sampler/logp_diff": sum(sums) / sum(counts), "sampler/logp_diff_max": max(maxima)}
+    def __init__(self):
+        self.totals = {"loss": 0.0, "clip_ratio": 0.0}
+
+    def add(self, parts: dict) -> None:
+        for name, value in parts.items():
+            value, before = float(value), self.totals.get(name, 0.0)
+            self.totals[name] = max(before, value) if name.endswith("/max") else before + value
+
+    def over(self, world) -> dict[str, float]:
+        """Of all ranks, on each of them."""
+        together = Tally()
+        for parts in world.gather([self.totals]):
+            together.add(parts)
+        return together.totals
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of its GPU, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def later_in_the_batch(metrics: dict[str, float]) -> dict[str, float]:
@@ -143,6 +162,7 @@ class Log:
         self.every, self.tells_completions = args.logging_steps, args.log_completions
         self.max_steps, self.steps_per_epoch = max_steps, steps_per_epoch
         self.tensorboard = self.wandb = None
+        self.device, self.tokens_told = world.device, progress.num_tokens
         self.health = Health(args)
         if self.main:
             self._open(args, progress.step)
@@ -171,18 +191,27 @@ class Log:
             shown = {"reward": f"{metrics['reward']:.3f}", "loss": f"{metrics['loss']:.4f}"}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        if step % self.every == 0 or step == self.max_steps:
+        if step == 1 or step % self.every == 0 or step == self.max_steps:
             line = {"step": step, "epoch": step / self.steps_per_epoch}
             line |= {"learning_rate": learning_rate, "num_tokens": progress.num_tokens}
+            line |= self._speed(progress)
             line |= weighted_mean([(1, metrics) for metrics in progress.unlogged])
             self._write(step, line)
             progress.unlogged = []
+
+    def _speed(self, progress) -> dict[str, float]:
+        """Since the last line: tokens a second, of prompts and completions; and memory at its peak."""
+        tokens = progress.num_tokens - self.tokens_told
+        seconds = sum(metrics["time/step"] for metrics in progress.unlogged)
+        self.tokens_told = progress.num_tokens
+        peak = peak_memory(self.device) / 2**30
+        return {"time/tokens_per_second": tokens / seconds, "memory/peak_gib": peak}
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write(step, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}})
         if self.main:
             shown = [n for n in metrics if n in ("reward", "completion_length")]
-            shown += [n for n in metrics if n.startswith("rewards/")]
+            shown += [n for n in metrics if n.startswith("rewards/") and not n.endswith("/std")]
             told = ", ".join(f"eval/{name} {metrics[name]:.3f}" for name in shown)
             self.bar.write(f"step {step}: {told}")
 

@@ -31,8 +31,6 @@ class Options:
     vllm_timeout: Annotated[
         float, "seconds the engine may give no sign of life, once started", "above 0"
     ] = 300.0
-    vllm_importance_sampling_correction: Annotated[bool, "weight tokens by π_old / π_vLLM"] = True
-    vllm_importance_sampling_clip_max: Annotated[float, "by this much at most", "above 0"] = 3.0
 
 
 def engine_for(args: argparse.Namespace, world) -> OnRank0:

@@ -34,7 +34,7 @@ import data
 import lora
 from data import UsageError
 from dist import World, has_bfloat16
-from run import flags, models, readers
+from run import checkpoints, combinations, models, readers
 
 try:
     from fast import LOGITS_AT_ONCE, MAX_SCORES, QUERIES_AT_ONCE
@@ -118,7 +118,7 @@ def symbols(
         args.num_generations,
     )
     own = longest - shared
-    batch = 0 if args.use_vllm else b * args.gradient_accumulation_steps
+    batch = 0 if args.use_vllm else checkpoints.rollout_size(args, ranks) // ranks
     if batch and (args.eval_steps or args.eval_on_start):
         batch = max(batch, args.per_device_eval_batch_size)
     queries = min(QUERIES_AT_ONCE, max(length, own, shared))
@@ -257,7 +257,7 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
     ValueError if nothing does, or if they leave no room for completions.
     """
     rows, longest, shared, at_least = None, args.max_length, 0, 1
-    split = flags.evaluates(args) and not args.val_dataset
+    split = combinations.evaluates(args) and not args.val_dataset
     sources = [
         name if os.path.isfile(name) else name.rpartition("#")[0] or name for name in args.dataset
     ]
@@ -302,7 +302,7 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
 
 def dry_run(args: argparse.Namespace, world: World) -> int:
     """Say what the run would be → exit status."""
-    flags.check(args, world.size if args.dry_run is True else args.dry_run)
+    combinations.check(args, world.size if args.dry_run is True else args.dry_run)
     if args.plain or LOGITS_AT_ONCE is None:
         raise UsageError(
             "--dry_run: plans the quick parts alone; --plain false, with the folder fast/, works"

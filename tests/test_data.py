@@ -507,7 +507,7 @@ def test_an_impossible_split_is_one_line(write):
 )
 def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(num_rows, per_step):
     steps = -(-3 * num_rows // per_step)
-    batches = [data.step_rows(step, per_step, num_rows, 42) for step in range(steps)]
+    batches = [data.rows_at(step * per_step, per_step, num_rows, 42) for step in range(steps)]
     assert all(len(batch) == per_step for batch in batches)
     taken = [row for batch in batches for row in batch]
     epochs = [taken[i * num_rows : (i + 1) * num_rows] for i in range(3)]
@@ -517,11 +517,11 @@ def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(num_rows, per_st
 
 
 def test_the_order_changes_with_the_seed_and_with_nothing_else():
-    order = data.step_rows(3, 8, 100, 42)
-    data.step_rows(999, 5, 7, 1)  # a resumed run has no past
+    order = data.rows_at(24, 8, 100, 42)
+    data.rows_at(4995, 5, 7, 1)  # a resumed run has no past
     data._epoch_order.cache_clear()
-    assert data.step_rows(3, 8, 100, 42) == order != data.step_rows(3, 8, 100, 43)
-    script = "import data; print(data.step_rows(3, 8, 100, 42))"
+    assert data.rows_at(24, 8, 100, 42) == order != data.rows_at(24, 8, 100, 43)
+    script = "import data; print(data.rows_at(24, 8, 100, 42))"
     env = {"PYTHONHASHSEED": "1"}
     shown = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
@@ -529,21 +529,21 @@ def test_the_order_changes_with_the_seed_and_with_nothing_else():
     assert json.loads(shown.stdout) == order, shown.stderr
 
 
-def test_a_step_of_twice_the_prompts_takes_two_steps_rows():
-    for step in range(20):
-        two = data.step_rows(2 * step, 3, 10, 0) + data.step_rows(2 * step + 1, 3, 10, 0)
-        assert data.step_rows(step, 6, 10, 0) == two
+def test_twice_the_prompts_are_the_rows_of_two_draws():
+    for first in range(0, 120, 6):
+        two = data.rows_at(first, 3, 10, 0) + data.rows_at(first + 3, 3, 10, 0)
+        assert data.rows_at(first, 6, 10, 0) == two
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_that_share_a_step_cover_its_groups(ranks):
     """Each rank takes its slice of the step's completions; together they take G of each prompt."""
     group, prompts = 4, 3
-    rows = [row for row in data.step_rows(5, prompts, 50, 42) for _ in range(group)]
+    rows = [row for row in data.rows_at(15, prompts, 50, 42) for _ in range(group)]
     share = len(rows) // ranks
     parts = [rows[rank * share : (rank + 1) * share] for rank in range(ranks)]
     together = Counter(row for part in parts for row in part)
-    assert together == dict.fromkeys(data.step_rows(5, prompts, 50, 42), group)
+    assert together == dict.fromkeys(data.rows_at(15, prompts, 50, 42), group)
 
 
 # Start-up ---------------------------------------------------------------------------------------

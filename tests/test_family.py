@@ -15,6 +15,7 @@ from test_grpo import trl_trainer
 import grpo
 from data import UsageError
 from run import flags
+from run.combinations import check_objective
 
 N, G, T = 12, 4, 6  # completions, of a group, tokens that one may have
 TEMPERATURE = 0.7
@@ -57,7 +58,7 @@ CHOICES = {
 
 
 def make(changes):
-    return argparse.Namespace(**vars(grpo.PLAIN) | changes)
+    return argparse.Namespace(**vars(grpo.PAPER) | changes)
 
 
 def combinations(count):
@@ -67,7 +68,7 @@ def combinations(count):
     while len(drawn) < count:
         changes = {name: rng.choice(values) for name, values in CHOICES.items()}
         try:
-            flags.check_objective(make(changes))
+            check_objective(make(changes))
         except UsageError:
             continue
         drawn.append(changes)
@@ -234,8 +235,20 @@ def our_loss(step, options, split=N, importance=False):
             normalizers=normalizers,
         )
         loss = loss + part
-        metrics = {name: metrics.get(name, 0.0) + value.item() for name, value in parts.items()}
+        metrics = together(metrics, parts)
     return loss, metrics
+
+
+def together(metrics, parts):
+    """What the parts of a step add up to, but for a maximum."""
+    sums = dict(metrics)
+    for name, value in parts.items():
+        before = metrics.get(name, 0.0)
+        if name.endswith("/max"):
+            sums[name] = max(before, value.item())
+        else:
+            sums[name] = before + value.item()
+    return sums
 
 
 def assert_equal(step, ours, expected, tolerance):
@@ -265,7 +278,7 @@ def test_every_row_is_another_loss_than_plain_grpos(row):
     whole, _ = our_loss(step, make(ROWS[row]))
     assert abs(whole - plain) > 1e-5
     for name in ROWS[row]:
-        without = ROWS[row] | {name: getattr(grpo.PLAIN, name)}
+        without = ROWS[row] | {name: getattr(grpo.PAPER, name)}
         if row != "cispo":  # which needs its bound
             assert abs(whole - our_loss(step, make(without))[0]) > 1e-5, name
 

@@ -3,6 +3,7 @@ closed forms; log-probabilities against one sequence at a time. tests/test_famil
 
 import itertools
 import math
+import types
 from types import SimpleNamespace
 from unittest import mock
 
@@ -70,7 +71,7 @@ def options_of(peer, beta):
     """What the loss reads: the defaults, and what the tests set. Flags that are None are TRL's."""
     _, settings, own = PEERS[peer]
     own = settings if own is None else own
-    return SimpleNamespace(**vars(grpo.PLAIN) | {"epsilon": EPSILON, "beta": beta} | own)
+    return SimpleNamespace(**vars(grpo.PAPER) | {"epsilon": EPSILON, "beta": beta} | own)
 
 
 def slow_forward(model, prompt, completion):
@@ -285,7 +286,8 @@ def test_the_parts_of_any_split_add_up_to_the_loss_and_the_metrics():
         parts = [loss_of(tensors, rows) for rows in split]
         torch.testing.assert_close(sum(part for part, _ in parts), loss)
         for name, value in metrics.items():
-            torch.testing.assert_close(sum(part[name] for _, part in parts), value)
+            together = max if name.endswith("/max") else sum
+            torch.testing.assert_close(together(part[name] for _, part in parts), value)
     assert metrics["loss"] == loss and not metrics["loss"].requires_grad
 
 
@@ -391,13 +393,43 @@ def test_an_absurd_token_leaves_the_loss_finite_counts_once_and_pulls_no_more(ga
 def test_importance_weights_turn_samples_of_one_policy_into_means_under_another():
     torch.manual_seed(0)
     old, engine = torch.randn(2, 6).log_softmax(-1)
-    drawn = torch.multinomial(engine.exp(), 200_000, replacement=True)
-    weights = grpo.importance_weights(old[drawn], engine[drawn], clip_max=1e9)
+    drawn = torch.multinomial(engine.exp(), 200_000, replacement=True)[None]  # (1, tokens)
+    mask = torch.ones_like(drawn)
+    options = correction("token_truncate", 1e9)
+    weights = grpo.importance_weights(old[drawn], engine[drawn], mask, options)
     value = torch.randn(6)
     expected = (old.exp() * value).sum().item()
     assert (weights * value[drawn]).mean() == pytest.approx(expected, abs=0.02)
-    assert grpo.importance_weights(old[drawn], engine[drawn], clip_max=1.5).max() == 1.5
-    assert torch.equal(grpo.importance_weights(old, old, 3.0), torch.ones(6))
+
+
+def correction(mode, threshold):
+    return types.SimpleNamespace(
+        rollout_importance_sampling_mode=mode, rollout_importance_sampling_threshold=threshold
+    )
+
+
+@pytest.mark.parametrize(
+    "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+)
+def test_importance_weights_equal_their_definition(mode):
+    """One a token, or the geometric mean of a completion's; bounded, or 0, where they are above 1.1."""
+    noise = torch.Generator().manual_seed(0)
+    old, engine = torch.randn(2, 5, 7, generator=noise, dtype=torch.float64)
+    lengths = [7, 1, 3, 5, 2]
+    mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+    old, engine = old * mask, engine * mask
+    weights = grpo.importance_weights(old, engine, mask, correction(mode, 1.1))
+    bounded = 0
+    for i, length in enumerate(lengths):
+        ratios = [math.exp(old[i, t] - engine[i, t]) for t in range(length)]
+        if mode.startswith("sequence"):
+            ratios = [math.prod(ratios) ** (1 / length)] * length
+        expected = [min(w, 1.1) if "truncate" in mode else w * (w <= 1.1) for w in ratios]
+        assert weights[i, :length].tolist() == pytest.approx(expected, abs=1e-12)
+        bounded += sum(w > 1.1 for w in ratios)
+    assert bounded > 2
+    same = grpo.importance_weights(old, old, mask, correction(mode, 1.1))
+    assert torch.equal(same, torch.ones_like(same))
 
 
 # Log-probabilities ------------------------------------------------------------------------------

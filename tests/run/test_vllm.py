@@ -102,7 +102,7 @@ BAD = {  # flag, value, what is said
     "longer than the model": ("--vllm_max_model_len", "9000", " 9000: from "),
     "temperature": ("--temperature", "0.001", " 0.001: with vLLM, 0.01 or more works"),
     "timeout": ("--vllm_timeout", "0", ": '0': a number above 0 works"),
-    "cap": ("--vllm_importance_sampling_clip_max", "-1", ": '-1': a number above 0 works"),
+    "cap": ("--rollout_importance_sampling_threshold", "-1", ": '-1': a number above 0 works"),
 }
 
 
