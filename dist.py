@@ -382,7 +382,8 @@ class ZeroAdamW:
     def step(self, learning_rate: float) -> float:
         """One AdamW update of all parameters; returns the global gradient norm before clipping.
 
-        FloatingPointError if that norm is not finite; the parameters are then as they were.
+        FloatingPointError on all ranks if that norm is not finite, with the parameters as they
+        were, or if the updated parameters are not, which have to be thrown away.
         """
         norm = self._grad_norm()
         if not math.isfinite(norm):
@@ -399,7 +400,18 @@ class ZeroAdamW:
         with self.waiting:
             for work in gathers:
                 work.wait()
+        if not self._is_finite():
+            raise FloatingPointError(f"update {self.steps} made weights that are not finite")
         return norm
+
+    def _is_finite(self) -> bool:
+        """Whether all ranks' shards of the parameters are: a sum of others is not finite either."""
+        shards = [bucket.flat[bucket.owned] for bucket in self.buckets]
+        total = torch.stack([shard.sum(dtype=torch.float32) for shard in shards]).sum()
+        if self.is_zero2 or self.is_zero3:
+            with self.waiting:
+                torch_dist.all_reduce(total)
+        return math.isfinite(total.item())
 
     def _grad_norm(self) -> float:
         """Of the gradient of all parameters, summed over ranks and micro-batches."""

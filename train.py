@@ -178,7 +178,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             sampler.take_weights(policy)
             progress.step += 1
 
-            metrics |= world.sum(sums) | log.drift(world, micro_batches)
+            metrics |= world.sum(sums) | journal.drift(micro_batches)
             metrics |= {"grad_norm": grad_norm, "time/comm": waits.seconds()}
             metrics["time/train"] = time.perf_counter() - training
             metrics["time/step"] = time.perf_counter() - started
@@ -190,9 +190,12 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         at_last = at_end and flags.evaluates(args)
         if at_last or reached(args.eval_steps, progress.step, args.num_iterations):
             evaluate(run, inputs.val_rows, progress.step, journal)
+        at_end |= journal.asked_to_stop  # by a signal to any of the ranks
         if at_end or reached(args.save_steps, progress.step, args.num_iterations):
             progress.completions_per_step = N
             checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress)
+        if at_end:
+            break
     journal.close()
 
 
@@ -439,9 +442,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
     """A model, and in words which of its parts are the quick ones."""
     # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
     dtype = getattr(torch, args.torch_dtype)
-    load = AutoModelForCausalLM.from_pretrained
-    model, info = load(args.model, dtype=dtype, output_loading_info=True)
-    models.refuse_missing(args, info)
+    model = models.load(args, AutoModelForCausalLM.from_pretrained, dtype)
     checks.agree_on_weights(world, model)
     if args.train_type == "lora":
         rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
@@ -453,6 +454,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
         dist.shard_parameters(model, layers)
     else:
         model.to(world.device)
+    checks.together(world, models.refuse_not_finite, args, model)
     if is_fast(args):
         return model, fast.prepare(model)
     return model, ["none"]

@@ -36,6 +36,7 @@ class Inputs:
     val_rows: list[dict]
     rewards: CheckedRewards
     opening: str  # what the prompts have opened of every answer
+    lock: object = None  # keeps other runs out of the output folder
 
 
 def prepare(args: argparse.Namespace, world) -> Inputs:
@@ -48,7 +49,7 @@ def prepare(args: argparse.Namespace, world) -> Inputs:
     inputs = together(world, read_inputs, args, world)
     if world.size > 1:
         agree(world, contents(args, inputs))
-    together(world, checkpoints.start_folder, args, world)
+    inputs.lock = together(world, checkpoints.start_folder, args, world)
     return inputs
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import data
 from data import UsageError
+from run import stop
 from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +140,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def answer_early(argv: list[str]) -> None:
-    """End with one line for flags that are wrong whatever the model and the data are."""
+    """End with one line for flags that are wrong whatever the model and the data are, and for a
+    Ctrl-C while the rest is imported."""
+    stop.end_quietly()
     args = parse_args(expand(argv))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -229,6 +232,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--device_memory_gb {args.device_memory_gb:g}: only a plan asks for it; "
             "--dry_run true works"
         )
+    if not args.output_dir.strip():
+        raise UsageError("--output_dir '': names no folder; output, or . for this one, works")
     check_objective(args)
     check_vllm(args)
     check_split(args)

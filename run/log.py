@@ -3,7 +3,6 @@
 Metrics are whatever the loss, the rewards and the sampler return: a new name needs no change here.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from tqdm import tqdm
 
 from rewards import COUNTERS
 from run.health import Health
+from run.lines import Lines, cut_after
+from run.stop import wish
 
 ONCE_A_BATCH = {"time/sync", "time/generate", "time/reward", *COUNTERS}
 
@@ -80,21 +81,14 @@ def records_of(batch, run) -> list[dict]:
     ]
 
 
-def drift(world, micro_batches: list) -> dict[str, float]:
-    """Mean and maximum over all ranks' tokens of |trainer - sampler| of a log-probability.
-
-    A sampler that lags behind, or draws from another distribution, shows here.
-    """
+def drift_of(micro_batches: list) -> list[float]:
+    """|trainer - sampler| of the log-probability of each token."""
     differences = []
     for micro in micro_batches:
         if micro.completions:
             for ours, completion in zip(micro.old_logps.tolist(), micro.completions):
                 differences += [abs(a - b) for a, b in zip(ours, completion.logps)]
-    own = (sum(differences), len(differences), max(differences, default=0.0))
-    sums, counts, maxima = zip(*world.gather([own]))
-    if not sum(counts):
-        return {}
-    return {"sampler/logp_diff": sum(sums) / sum(counts), "sampler/logp_diff_max": max(maxima)}
+    return differences
 
 
 def later_in_the_batch(metrics: dict[str, float]) -> dict[str, float]:
@@ -139,13 +133,16 @@ class Log:
     """
 
     def __init__(self, args, world, max_steps: int, steps_per_epoch: float, progress):
-        self.main, self.folder = world.is_main, Path(args.output_dir)
+        self.world, self.main, self.folder = world, world.is_main, Path(args.output_dir)
+        self.metrics_file = Lines(self.folder / "metrics.jsonl")
+        self.completions_file = Lines(self.folder / "completions.jsonl")
         self.every, self.tells_completions = args.logging_steps, args.log_completions
         self.max_steps, self.steps_per_epoch = max_steps, steps_per_epoch
         self.tensorboard = self.wandb = None
         self.health = Health(args)
         if self.main:
             self._open(args, progress.step)
+        wish.training = True  # from now on there is a step to finish
 
     def _open(self, args, step: int) -> None:
         if "tensorboard" in args.report_to:
@@ -156,10 +153,33 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project="grpo", config=vars(args), dir=str(self.folder))
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            cut_after(self.folder / name, step)
+        for lines in (self.metrics_file, self.completions_file):
+            note = cut_after(lines.file, step)
+            if note:
+                print(note, flush=True)
+        if step >= self.max_steps:
+            print(f"step {step} of {self.max_steps} is done: nothing is left to do", flush=True)
         settings = {"desc": "GRPO", "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(total=self.max_steps, initial=step, **settings)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the run is to end behind this step: the same on all ranks."""
+        return bool(wish.agreed)
+
+    def drift(self, micro_batches: list) -> dict[str, float]:
+        """Mean and maximum over all ranks' tokens of |trainer - sampler| of a log-probability.
+
+        A sampler that lags behind, or draws from another distribution, shows here. A collective
+        call, with which the ranks also learn who of them was asked to stop.
+        """
+        own = drift_of(micro_batches)
+        ours = (sum(own), len(own), max(own, default=0.0), wish.signal)
+        sums, counts, maxima, signals = zip(*self.world.gather([ours]))
+        wish.agreed = max(signals)
+        if not sum(counts):
+            return {}
+        return {"sampler/logp_diff": sum(sums) / sum(counts), "sampler/logp_diff_max": max(maxima)}
 
     def step(self, progress, learning_rate: float, metrics: dict[str, float]) -> None:
         """A step is done. metrics: what is told as a mean over the steps of a line."""
@@ -200,14 +220,12 @@ class Log:
                 table.add_data(r["prompt"], r["completion"], r["advantage"], *r["rewards"].values())
             self.wandb.log({"completions": table}, step=step)
             return
-        with (self.folder / "completions.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
+        self._append(self.completions_file, [{"step": step, **record} for record in records])
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         if not self.main:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(self.metrics_file, [line])
         if self.tensorboard:
             for name, value in line.items():
                 if name != "step":
@@ -215,20 +233,16 @@ class Log:
         if self.wandb:
             self.wandb.log(line, step=step)
 
+    def _append(self, file: Lines, objects: list[dict]) -> None:
+        problem = file.write(objects)
+        if problem:
+            self.bar.write(problem)
+
     def close(self) -> None:
+        wish.training = False
         if self.main:
             self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def cut_after(file: Path, step: int) -> None:
-    """Forget what a run wrote that got further than the checkpoint at `step`."""
-    if not file.exists():
-        return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    file.write_text("".join(kept), encoding="utf-8")
