@@ -4,6 +4,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
 
     flags.py        every option of a run: declared where it acts, read here, from a file or typed
     values.py       what may stand behind a flag: true, numbers within bounds
+    launch.py       torchrun, quietly, and with the run's exit status
     session.py      ranks meet, and any end is told in one last line
     checks.py       what can be wrong is found before a model is loaded; ranks agree
     models.py       what a model's configuration tells: whether it can be trained here

@@ -11,11 +11,13 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from rewards import COUNTERS
+from rewards import COUNTERS as OF_REWARDS
 from run.health import Health
+from run.judge import RESTARTS
 from run.lines import Lines, cut_after
 from run.stop import wish
 
+COUNTERS = {*OF_REWARDS, RESTARTS}
 ONCE_A_BATCH = {"time/sync", "time/generate", "time/reward", *COUNTERS}
 
 
