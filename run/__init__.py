@@ -21,6 +21,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     engine.py       vLLM in a process of its own, which all ranks call
     fingerprint.py  whether two have the same weights
     watch.py        ranks meet, and notice when one is lost
+    console.py      standard output that is closed or full ends no run
     stop.py         a signal asks a run to end; a process ends with its parent
     lines.py        metrics.jsonl: whole lines, whatever happens
     log.py          metrics, completions, progress

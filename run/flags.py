@@ -30,7 +30,7 @@ from pathlib import Path
 
 import data
 from data import UsageError
-from run import stop
+from run import console, stop
 from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,8 +140,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def answer_early(argv: list[str]) -> None:
-    """End with one line for flags that are wrong whatever the model and the data are, and for a
-    Ctrl-C while the rest is imported."""
+    """End with one line for flags that are wrong whatever the model and the data are. What is said
+    from now on ends no run, and a Ctrl-C is quiet while the rest is imported."""
+    console.settle()
     stop.end_quietly()
     args = parse_args(expand(argv))
     processes = int(os.environ.get("WORLD_SIZE", 1))
