@@ -55,6 +55,7 @@ all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_ga
 class Options:
     """distributed and optimizer"""
 
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: a GPU where there is one"] = "auto"
     deepspeed: Annotated[Literal["none", "zero2", "zero3"], "what the ranks share out"] = "none"
     bucket_size: Annotated[int, "elements in one collective of gradients", "from 1"] = 25_000_000
     ds3_gather_for_generation: Annotated[bool, "with zero3: whole weights for generation"] = True
@@ -129,10 +130,11 @@ class World:
             torch_dist.barrier()
 
 
-def find_world() -> World:
-    """This process's place among those that torchrun started (alone without it), and its GPU."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+def find_world(device: str = "auto") -> World:
+    """This process's place among those that torchrun started (alone without it), and its GPU, if
+    there is one and `device` is not "cpu"."""
+    wanted, device = device, torch.device("cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))

@@ -510,8 +510,7 @@ def reached(every: int | None, step: int, num_iterations: int) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    world = dist.find_world()
-    args = session.read_flags(argv, world)
+    args, world = session.read_flags(argv)
     with session.session(args, world):
         if args.dry_run:
             sys.exit(plan.dry_run(args, world))

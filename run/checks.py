@@ -121,9 +121,8 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
         checkpoints.check_folder(args)
     load_plugins(args.external_plugins)
     judge = Judge(args.accuracy_timeout)
-    rewards = CheckedRewards(
-        args.reward_funcs, args.reward_weights, judge=judge, device=world.device, **vars(args)
-    )
+    settings = vars(args) | {"judge": judge, "device": world.device}
+    rewards = CheckedRewards(args.reward_funcs, args.reward_weights, **settings)
     atexit.register(rewards.close)
     train_rows, val_rows = read_rows(args, world)
     config = models.model_config(args, has_checkpoint=world.is_main)

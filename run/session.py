@@ -25,7 +25,7 @@ from transformers.utils import logging
 import dist
 from data import UsageError
 from rewards import RewardError
-from run import flags, stop, watch
+from run import flags, placement, stop, watch
 from run.checkpoints import SaveError, how_to_resume
 from run.log import say
 from sampler import SamplerError
@@ -34,8 +34,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not m
 logging.disable_progress_bar()  # a bar for each file that transformers reads or writes
 
 
-def read_flags(argv: list[str], world: dist.World) -> argparse.Namespace:
-    """The options of a command line; without any, those of the demo, whose command is printed."""
+def read_flags(argv: list[str]) -> tuple[argparse.Namespace, dist.World]:
+    """The options of a command line, and this process's place on the device that they name. Without
+    any they are those of the demo, whose command is printed."""
+    wanted = flags.parse_args(flags.expand(argv)).device
+    try:
+        placement.check_device(wanted)
+    except UsageError as error:
+        flags.fail(str(error))
+    world = dist.find_world(wanted)
     words = flags.expand(argv, dist.has_bfloat16(world.device))
     if words is not argv:
         program = "python"
@@ -43,7 +50,7 @@ def read_flags(argv: list[str], world: dist.World) -> argparse.Namespace:
             program = f"torchrun --nproc_per_node {world.size}"
         shown = words[: len(words) - len(argv[1:])]  # the preset, without what was typed behind it
         say(world, f"{program} train.py {shlex.join(shown)}")
-    return flags.parse_args(words)
+    return flags.parse_args(words), world
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags_for, read_metrics, run_train, train_here
+from conftest import flags_for, read_metrics, run_train
 from processes import FORK, forked, places, run_forked
 
 import dist
@@ -227,14 +227,3 @@ def test_lack_of_memory_is_one_line_with_what_takes_less(in_session, capsys):
         said = capsys.readouterr().err
         assert said.startswith("train.py: out of memory (") and said.count("\n") == 1, said
         assert "a smaller --per_device_train_batch_size" in said
-
-
-# Which checkpoint --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(model_folder, plugin, tmp_path_factory):
-    """A run with three checkpoints."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    train_here(*flags_for(model_folder, plugin, out, save_steps=1))
-    return out
