@@ -79,15 +79,25 @@ def tell_frozen(world, model) -> None:
 def load(args: argparse.Namespace, from_pretrained: Callable, dtype: torch.dtype):
     """A model with its weights, all of them from the files. UsageError if these do not fit."""
     try:
-        model, info = from_pretrained(args.model, dtype=dtype, output_loading_info=True)
+        model, info = from_pretrained(
+            args.model,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which then are told, and refused here
+        )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        text = str(error)
-        reason = next((line for line in text.splitlines() if "size mismatch" in line), text)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UsageError(
-            f"--model {args.model}: its weights cannot be loaded ({first_line(reason)}); "
-            "a whole checkpoint that fits its config.json works"
+            f"--model {args.model}: its weights cannot be loaded ({first_line(error)}); "
+            "a whole checkpoint works"
         ) from error
     refuse_missing(args, info)
+    for name, there, here in sorted(info["mismatched_keys"])[:1]:
+        raise UsageError(
+            f"--model {args.model}: {name} is {list(there)} in its files and {list(here)} by its "
+            "config.json; a checkpoint whose two fit works"
+        )
     return model
 
 

@@ -206,7 +206,7 @@ def not_finite(folder):
 
 BROKEN_WEIGHTS = {
     "truncated": (truncated, r"its weights cannot be loaded \("),
-    "of other shapes": (wider, r"its weights cannot be loaded \(.*mlp"),
+    "of other shapes": (wider, r".*mlp.* is \[32, 48\] in its files and \[32, 56\] by its config"),
     "not finite": (not_finite, "model.norm.weight holds numbers that are not finite"),
 }
 
