@@ -130,10 +130,10 @@ class World:
             torch_dist.barrier()
 
 
-def find_world(device: str = "auto") -> World:
+def find_world(wanted: str = "auto") -> World:
     """This process's place among those that torchrun started (alone without it), and its GPU, if
-    there is one and `device` is not "cpu"."""
-    wanted, device = device, torch.device("cpu")
+    there is one and "cpu" is not what is wanted."""
+    device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     rank = int(os.environ.get("RANK", 0))

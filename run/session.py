@@ -74,7 +74,10 @@ def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
                 end_as_asked(args, world, wish.agreed)
         except UsageError as error:
             flags.fail(str(error))
-        except (RewardError, SamplerError, SaveError, FloatingPointError) as error:
+        except FloatingPointError as error:
+            helps = "a smaller --learning_rate or --max_grad_norm helps"
+            flags.fail(f"{error}; {helps}; {how_to_resume(args)}", status=1)
+        except (RewardError, SamplerError, SaveError) as error:
             flags.fail(f"{error}; {how_to_resume(args)}", status=1)
         except stop.Ended as signal:
             word = watch.Watch.ASKED
