@@ -143,10 +143,12 @@ def finish(unfinished: Path, checkpoint: Path) -> None:
         file.chmod(mode)
         sync(file)
     sync(unfinished)
-    if checkpoint.exists():  # of a run that saved at its end, and goes on to another one
-        remove(checkpoint)
+    doomed = checkpoint.with_name(checkpoint.name + REMOVED)
+    if checkpoint.exists():  # as one may have been copied here
+        checkpoint.rename(doomed)
     unfinished.rename(checkpoint)
     sync(checkpoint.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -66,6 +66,8 @@ def listening() -> Iterator[Wish]:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, wish.hear)
     try:
         yield wish
+    except Ended as late:  # while this process was ending anyway
+        sys.exit(late.status)
     finally:
         wish.training = False
         for number, handler in before.items():
