@@ -12,7 +12,7 @@ SEVEN := $(wildcard tests/test_*.py)
 .PHONY: demo model install vllm quick test lint bench clean
 
 demo: model            ## train the embedded model for real, on any machine
-	$(PY) -m torch.distributed.run --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
+	$(PY) -m run.launch --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
 	$(PY) examples/report.py output/demo
 
 model: install         ## put the embedded model on disk

@@ -55,6 +55,7 @@ all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_ga
 class Options:
     """distributed and optimizer"""
 
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: a GPU where there is one"] = "auto"
     deepspeed: Annotated[Literal["none", "zero2", "zero3"], "what the ranks share out"] = "none"
     bucket_size: Annotated[int, "elements in one collective of gradients", "from 1"] = 25_000_000
     ds3_gather_for_generation: Annotated[bool, "with zero3: whole weights for generation"] = True
@@ -129,10 +130,11 @@ class World:
             torch_dist.barrier()
 
 
-def find_world() -> World:
-    """This process's place among those that torchrun started (alone without it), and its GPU."""
+def find_world(wanted: str = "auto") -> World:
+    """This process's place among those that torchrun started (alone without it), and its GPU, if
+    there is one and "cpu" is not what is wanted."""
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if wanted != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -382,7 +384,8 @@ class ZeroAdamW:
     def step(self, learning_rate: float) -> float:
         """One AdamW update of all parameters; returns the global gradient norm before clipping.
 
-        FloatingPointError if that norm is not finite; the parameters are then as they were.
+        FloatingPointError on all ranks if that norm is not finite, with the parameters as they
+        were, or if the updated parameters are not, which have to be thrown away.
         """
         norm = self._grad_norm()
         if not math.isfinite(norm):
@@ -399,7 +402,18 @@ class ZeroAdamW:
         with self.waiting:
             for work in gathers:
                 work.wait()
+        if not self._is_finite():
+            raise FloatingPointError(f"update {self.steps} made weights that are not finite")
         return norm
+
+    def _is_finite(self) -> bool:
+        """Whether all ranks' shards of the parameters are: a sum of others is not finite either."""
+        shards = [bucket.flat[bucket.owned] for bucket in self.buckets]
+        total = torch.stack([shard.sum(dtype=torch.float32) for shard in shards]).sum()
+        if self.is_zero2 or self.is_zero3:
+            with self.waiting:
+                torch_dist.all_reduce(total)
+        return math.isfinite(total.item())
 
     def _grad_norm(self) -> float:
         """Of the gradient of all parameters, summed over ranks and micro-batches."""

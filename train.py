@@ -221,9 +221,12 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         at_last = at_end and combinations.evaluates(args)
         if at_last or reached(args.eval_steps, progress.step, steps_per_rollout):
             evaluate(run, inputs.val_rows, progress.step, journal)
+        at_end |= journal.asked_to_stop  # by a signal to any of the ranks
         if at_end or reached(args.save_steps, progress.step, steps_per_rollout):
             progress.completions_per_step = N
             checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress, reference)
+        if at_end:
+            break
     journal.close()
 
 
@@ -575,9 +578,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
     """A model, and in words which of its parts are the quick ones."""
     # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
     dtype = getattr(torch, args.torch_dtype)
-    load = AutoModelForCausalLM.from_pretrained
-    model, info = load(args.model, dtype=dtype, output_loading_info=True)
-    models.refuse_missing(args, info)
+    model = models.load(args, AutoModelForCausalLM.from_pretrained, dtype)
     checks.agree_on_weights(world, model)
     if args.train_type == "lora":
         rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
@@ -589,6 +590,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
         dist.shard_parameters(model, layers)
     else:
         model.to(world.device)
+    checks.together(world, models.refuse_not_finite, args, model)
     if is_fast(args):
         return model, fast.prepare(model)
     return model, ["none"]
@@ -644,8 +646,7 @@ def reached(every: int | None, step: int, steps_per_rollout: int) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    world = dist.find_world()
-    args = session.read_flags(argv, world)
+    args, world = session.read_flags(argv)
     with session.session(args, world):
         if args.dry_run:
             sys.exit(plan.dry_run(args, world))

@@ -24,6 +24,10 @@ def read(file: Path) -> list[dict]:
 def main(folder: Path) -> None:
     lines = read(folder / "metrics.jsonl")
     steps = [line for line in lines if "reward" in line]
+    if not steps:
+        sys.exit(
+            f"report.py: {folder}: no steps in its metrics.jsonl yet; a run's output_dir works"
+        )
     evaluations = [line for line in lines if "eval/reward" in line]
     names = [name for name in steps[0] if name.startswith("rewards/") and name.count("/") == 1]
     names = [name for name in names if any(line[name] for line in steps)]

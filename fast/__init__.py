@@ -144,11 +144,15 @@ def trial(model: torch.nn.Module) -> Tensor:
 
 def differs(model: torch.nn.Module, own: Tensor) -> bool:
     """Whether the trial's hidden states are others by more than rounding, which makes 0.01 in
-    bfloat16 and 1e-6 in float32; or whether it does not run at all."""
+    bfloat16 and 1e-6 in float32; or whether it does not run at all, unless for lack of memory."""
     limit = 0.1 if own.dtype == torch.bfloat16 else 1e-4
     try:
         hidden = dist.forward(trial, model)
-    except (AttributeError, RuntimeError, TypeError):  # values narrower than keys, other arguments
-        return True
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError) as error:
+        if "can't allocate memory" in str(error):
+            raise
+        return True  # values narrower than keys, other arguments
     errors = (hidden - own).norm(dim=1) / own.norm(dim=1)
     return not errors.median() <= limit  # so that what is not a number differs

@@ -4,6 +4,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
 
     flags.py        every option of a run: declared where it acts, read here, from a file or typed
     values.py       what may stand behind a flag: true, numbers within bounds
+    launch.py       torchrun, quietly, and with the run's exit status
     session.py      ranks meet, and any end is told in one last line
     checks.py       what can be wrong is found before a model is loaded; ranks agree
     models.py       what a model's configuration tells: whether it can be trained here
@@ -20,7 +21,11 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     engine.py       vLLM in a process of its own, which all ranks call
     fingerprint.py  whether two have the same weights
     watch.py        ranks meet, and notice when one is lost
+    console.py      standard output that is closed or full ends no run
+    stop.py         a signal asks a run to end; a process ends with its parent
+    lines.py        metrics.jsonl: whole lines, whatever happens
     log.py          metrics, completions, progress
+    folder.py       a run's folder: one run at a time, which checkpoints are whole
     checkpoints.py  save, prune, resume
     plan.py         what a run takes, before it is paid for
 """

@@ -1,13 +1,10 @@
-"""What a run leaves behind and goes on from: its folder and its checkpoints.
+"""What a run leaves behind and goes on from: its checkpoints.
 
-    output/
-      args.json  metrics.jsonl  completions.jsonl
-      checkpoint-<step>/    model or adapter, tokenizer, optimizer.safetensors, trainer_state.json
-      earlier-<n>/          what an earlier run left in this folder
+    checkpoint-<step>/    model or adapter, tokenizer, optimizer.safetensors, trainer_state.json
 
-A checkpoint is whole or not there: it is written under another name and renamed at the end. The
-optimizer's state is stored as full tensors by parameter name, so a run resumes on any number of
-ranks. There is no pickle in it.
+A checkpoint is whole or not there: it is written under another name and renamed at the end, when
+the disk has it. The optimizer's state is stored as full tensors by parameter name, so a run resumes
+on any number of ranks. There is no pickle in it.
 """
 
 import argparse
@@ -16,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +27,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import dist
 import lora
 from data import UsageError, one_line
+from run import folder as folders
 from run import reference as run_reference
-
-# Flags that may change from a run to the one that resumes it without a word.
-NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
-NOT_THE_RUN |= {"save_total_limit", "dataset_num_proc"}
-OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs")
 
 
 @dataclass(frozen=True)
@@ -82,54 +75,78 @@ def rollout_size(args: argparse.Namespace, world_size: int) -> int:
 
 
 def check_folder(args: argparse.Namespace) -> None:
-    """What rank 0 writes to and resumes from."""
-    folder = Path(args.output_dir)
+    """What rank 0 writes to and resumes from. `true` becomes the newest whole checkpoint."""
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; a folder, there or not, works")
-    if not args.resume_from_checkpoint:
+    folders.refuse_taken(folder)
+    if not wanted:
         return
-    checkpoint = checkpoint_to_resume(args)
-    for file in ("trainer_state.json", "optimizer.safetensors"):
-        if not (checkpoint / file).exists():
-            raise UsageError(
-                f"--resume_from_checkpoint {args.resume_from_checkpoint}: no checkpoint there; "
-                "true, for the newest in --output_dir, or a checkpoint-N folder works"
-            )
+    checkpoint, notes = Path(wanted), []
+    if wanted == "true":
+        checkpoint, notes = folders.newest_whole(folder)
+    if checkpoint is None or not (checkpoint / folders.STATE).exists():
+        why = f" ({notes[0]})" if notes else ""
+        raise UsageError(
+            f"--resume_from_checkpoint {wanted}: no checkpoint there{why}; "
+            "true, for the newest in --output_dir, or a checkpoint-N folder works"
+        )
+    problem = folders.fault(checkpoint)
+    if problem:
+        raise UsageError(
+            f"--resume_from_checkpoint {wanted}: not a whole checkpoint ({problem}); "
+            "true, for the newest in --output_dir that is whole, works"
+        )
+    if wanted == "true":
+        print("; ".join([f"resumes from {checkpoint}", *notes]), flush=True)
+    args.resume_from_checkpoint = str(checkpoint)
 
 
-def start_folder(args: argparse.Namespace, world) -> None:
-    """Make the output folder and write args.json; an earlier run's files move out of the way."""
+def start_folder(args: argparse.Namespace, world):
+    """Make the output folder and write args.json; an earlier run's files move out of the way.
+
+    Returns the lock that keeps other runs out, on rank 0.
+    """
     if not world.is_main:
-        return
+        return None
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held = folders.lock(folder)
+        folders.sweep(folder)
+        if args.resume_from_checkpoint:
+            step = tell_differences(args, world)
+            newer = [p for p in folders.checkpoints(folder) if folders.checkpoint_step(p) > step]
+            folders.move_away(newer, folder, "checkpoints beyond the resumed one")
+        else:
+            earlier = [path for name in folders.OF_A_RUN for path in folder.glob(name)]
+            folders.move_away(earlier + folders.checkpoints(folder), folder, "an earlier run")
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     except OSError as error:
-        message = f"--output_dir {folder}: cannot be made ({error.strerror})"
-        raise UsageError(message) from error
-    if args.resume_from_checkpoint:
-        step = tell_differences(args, world, folder)
-        beyond = [path for path in checkpoints(folder) if checkpoint_step(path) > step]
-        move_away(beyond, folder, "checkpoints beyond the resumed one")
-    else:
-        earlier = [path for name in OF_A_RUN for path in folder.glob(name)]
-        move_away(earlier, folder, "an earlier run")
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        reason = error.strerror or one_line(error)
+        message = f"--output_dir {folder}: cannot be made or written to ({reason.lower()})"
+        raise UsageError(f"{message}; a folder that you may write to works") from error
+    return held
 
 
-def tell_differences(args: argparse.Namespace, world, folder: Path) -> int:
+def tell_differences(args: argparse.Namespace, world) -> int:
     """Say how a resumed run differs from the one it goes on from → the step it goes on from."""
-    file = folder / "args.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    checkpoint = Path(args.resume_from_checkpoint)
+    file = checkpoint.parent / "args.json"
+    before = {}
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{file}: cannot be read ({one_line(error)}), so nothing is told of other flags")
     told = []
     for name, value in vars(args).items():
-        if name in before and before[name] != value and name not in NOT_THE_RUN:
+        if name in before and before[name] != value and name != "resume_from_checkpoint":
             told.append(f"--{name} {value} (was {before[name]})")
     if told:
         line = "resumed with other flags: " + ", ".join(told)
         print(line.replace("True", "true").replace("False", "false"))
 
-    state = json.loads((checkpoint_to_resume(args) / "trainer_state.json").read_text())
+    state = json.loads((checkpoint / folders.STATE).read_text(encoding="utf-8"))
     size, now = state.get("completions_per_step"), step_size(args, world)
     if size not in (None, now):
         line = f"resumed with {now} completions a step (was {size}): the order of prompts and the "
@@ -139,20 +156,6 @@ def tell_differences(args: argparse.Namespace, world, folder: Path) -> int:
             line += f"; --per_device_train_batch_size {kept} keeps them"
         print(line)
     return state["step"]
-
-
-def move_away(paths: list[Path], folder: Path, what: str) -> None:
-    """What would mix with this run's files moves to a folder beside them."""
-    if not paths:
-        return
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    earlier = folder / f"earlier-{number}"
-    earlier.mkdir()
-    for path in paths:
-        path.rename(earlier / path.name)
-    print(f"{folder} held {what}; now in {earlier}")
 
 
 # Saving -----------------------------------------------------------------------------------------
@@ -168,25 +171,31 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress, reference
     problem = None
     if world.is_main:
         folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        unfinished = folder.with_name(folder.name + folders.UNFINISHED)
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
+            refuse_not_finite(state)
             save_model(args, model, state, unfinished)
             tokenizer.save_pretrained(unfinished)
-            save_file(state, unfinished / "optimizer.safetensors")
+            save_file(state, unfinished / folders.OPTIMIZER)
             run_reference.write(reference_state, unfinished)
-            (unfinished / "trainer_state.json").write_text(json.dumps(asdict(progress)) + "\n")
-            unfinished.rename(folder)  # a checkpoint that is there is whole
-        except (OSError, SafetensorError) as error:  # no room, no right to write
+            (unfinished / folders.STATE).write_text(json.dumps(asdict(progress)) + "\n")
+            folders.finish(unfinished, folder)  # a checkpoint that is there is whole
+            if args.save_total_limit:
+                folders.prune(folder.parent, progress.step, args.save_total_limit)
+        except (OSError, SafetensorError, FloatingPointError) as error:  # no room, no right
             shutil.rmtree(unfinished, ignore_errors=True)
             problem = f"--output_dir {args.output_dir}: {folder.name} could not be written"
             problem += f" ({one_line(error)})"
     problem = world.from_main(problem)
     if problem:
         raise SaveError(problem)
-    if world.is_main and args.save_total_limit:
-        for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
-            shutil.rmtree(old)
+
+
+def refuse_not_finite(state: dict[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
 
 
 def save_model(args, model, state: dict[str, Tensor], folder: Path) -> None:
@@ -317,14 +326,16 @@ def resume(args: argparse.Namespace, world, optimizer, reference=None) -> Progre
     holds the weights, too, and a reference that moves. Only rank 0 needs to have it on its disk."""
     if not args.resume_from_checkpoint:
         return Progress()
-    folder = checkpoint_to_resume(args)
+    folder = Path(args.resume_from_checkpoint)
     state = None
     if world.is_main:
-        state = json.loads((folder / "trainer_state.json").read_text())
-    load_optimizer_state(optimizer, FileOfMain(world, folder / "optimizer.safetensors"))
+        state = json.loads((folder / folders.STATE).read_text(encoding="utf-8"))
+    load_optimizer_state(optimizer, FileOfMain(world, folder / folders.OPTIMIZER))
     if args.sync_ref_model and world.from_main((folder / run_reference.FILE).exists()):
         run_reference.load(reference, FileOfMain(world, folder / run_reference.FILE))
-    progress = Progress(**world.from_main(state))
+    state = world.from_main(state)
+    known = {own.name: state[own.name] for own in fields(Progress) if own.name in state}
+    progress = Progress(**known)
     if not progress.draws:  # an earlier version counted steps alone; a rollout cut short is used up
         progress.draws = math.ceil(progress.step / args.num_iterations)
         prompts = rollout_size(args, world.size) // args.num_generations
@@ -337,10 +348,12 @@ class FileOfMain:
     the same order.
 
     Rank 0 reads one tensor at a time and sends it to the others, so no rank holds more than that.
+    UsageError on every rank for one that is damaged.
     """
 
     def __init__(self, world, path: Path):
         self.world = world
+        self.folder = world.from_main(str(path.parent) if world.is_main else None)
         self.file = safe_open(path, "pt") if world.is_main else None
         names = self.file.keys() if world.is_main else ()
         shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in names}
@@ -349,31 +362,18 @@ class FileOfMain:
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]  # a KeyError is every rank's
         tensor = self.file.get_tensor(name) if self.world.is_main else None
-        if self.world.size == 1:
-            return tensor
-        dtype = self.world.from_main(None if tensor is None else tensor.dtype)
-        if tensor is None:
-            tensor = torch.empty(shape, dtype=dtype)
-        tensor = tensor.to(self.world.device)
-        torch_dist.broadcast(tensor, src=0)
+        if self.world.size > 1:
+            dtype = self.world.from_main(None if tensor is None else tensor.dtype)
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype)
+            tensor = tensor.to(self.world.device)
+            torch_dist.broadcast(tensor, src=0)
+        if not tensor.isfinite().all():
+            raise UsageError(
+                f"--resume_from_checkpoint {self.folder}: its {name} holds numbers that are not "
+                "finite; an earlier checkpoint, that is not damaged, works"
+            )
         return tensor
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    folders = Path(output_dir).glob("checkpoint-*")
-    numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
-    return sorted(numbered, key=checkpoint_step)
-
-
-def checkpoint_step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def checkpoint_to_resume(args: argparse.Namespace) -> Path:
-    if args.resume_from_checkpoint != "true":
-        return Path(args.resume_from_checkpoint)
-    return (checkpoints(args.output_dir) or [Path(args.output_dir)])[-1]
 
 
 def how_to_resume(args: argparse.Namespace) -> str:
@@ -383,7 +383,7 @@ def how_to_resume(args: argparse.Namespace) -> str:
             "--resume_from_checkpoint true, on every node, goes on from rank 0's newest "
             "checkpoint, if there is one"
         )
-    kept = checkpoints(args.output_dir)
-    if not kept:
+    newest, _ = folders.newest_whole(Path(args.output_dir))
+    if newest is None:
         return "there is no checkpoint yet"
-    return f"--resume_from_checkpoint true goes on from {kept[-1]}"
+    return f"--resume_from_checkpoint true goes on from {newest}"

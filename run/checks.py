@@ -36,6 +36,7 @@ class Inputs:
     val_rows: list[dict]
     rewards: CheckedRewards
     opening: str  # what the prompts have opened of every answer
+    lock: object = None  # keeps other runs out of the output folder
 
 
 def prepare(args: argparse.Namespace, world) -> Inputs:
@@ -48,7 +49,7 @@ def prepare(args: argparse.Namespace, world) -> Inputs:
     inputs = together(world, read_inputs, args, world)
     if world.size > 1:
         agree(world, contents(args, inputs))
-    together(world, checkpoints.start_folder, args, world)
+    inputs.lock = together(world, checkpoints.start_folder, args, world)
     return inputs
 
 
@@ -120,9 +121,8 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
         checkpoints.check_folder(args)
     load_plugins(args.external_plugins)
     judge = Judge(args.accuracy_timeout)
-    rewards = CheckedRewards(
-        args.reward_funcs, args.reward_weights, judge=judge, device=world.device, **vars(args)
-    )
+    settings = vars(args) | {"judge": judge, "device": world.device}
+    rewards = CheckedRewards(args.reward_funcs, args.reward_weights, **settings)
     atexit.register(rewards.close)
     train_rows, val_rows = read_rows(args, world)
     config = models.model_config(args, has_checkpoint=world.is_main)

@@ -15,6 +15,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--device_memory_gb {args.device_memory_gb:g}: only a plan asks for it; "
             "--dry_run true works"
         )
+    if not args.output_dir.strip():
+        raise UsageError("--output_dir '': names no folder; output, or . for this one, works")
     check_objective(args)
     check_reference(args)
     check_soft_overlong(args)

@@ -14,7 +14,6 @@ sampler.VLLMSampler calls, `load` and `complete`.
 """
 
 import atexit
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -34,10 +33,12 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from run import stop
 from run.fingerprint import Fingerprint
 from sampler import Completion, SamplerError, WeightGroup, receive_weights, send_weights
 
 ROOT = Path(__file__).resolve().parent.parent
+JOINING = "joining"  # in the store of trainer and engine
 START_TIMEOUT = 600.0  # seconds in which an engine starts: a large model is read, graphs captured
 
 
@@ -143,7 +144,16 @@ class Engine:
         self.ask("load_weights", tensors)
         with self.watched():
             if self.group is None:
+                self._await_joining()
                 self.group = WeightGroup(self.store, 0, self.backend, self.trainer)
+
+    def _await_joining(self) -> None:
+        """Until the engine is about to join the group: neither gloo nor NCCL would notice its end.
+        An engine that falls silent is killed by `watched`."""
+        while not self.store.check([JOINING]):
+            if self.process.poll() is not None:
+                raise ConnectionError("the engine is gone")
+            time.sleep(0.01)
 
     def send(self, name: str, tensor: Tensor) -> None:
         """One of the weights."""
@@ -260,10 +270,7 @@ def engine_environment(device: torch.device) -> dict[str, str]:
 
 def engine_main(pipe: Connection, trainer: int) -> None:
     """Carry out the trainer's commands until it is gone. trainer: its process id."""
-    # PR_SET_PDEATHSIG: not a moment longer than the trainer, who may be gone by now.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != trainer:
-        os._exit(1)
+    stop.end_with_parent(trainer)  # who may be gone by now
     try:
         engine_args, backend, port = pipe.recv()
         from vllm import LLM
@@ -279,6 +286,7 @@ def engine_main(pipe: Connection, trainer: int) -> None:
                 continue
             if group is None:
                 store = torch_dist.TCPStore("127.0.0.1", port, 2, is_master=False)
+                store.set(JOINING, "1")
                 group = WeightGroup(store, 1, backend, torch.device("cuda", 0))
             received = Fingerprint()
             load = functools.partial(load_weights, llm, received)

@@ -27,7 +27,7 @@ import typing
 from pathlib import Path
 
 from data import UsageError
-from run import combinations
+from run import combinations, console, stop
 from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +147,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def answer_early(argv: list[str]) -> None:
-    """End with one line for flags that are wrong whatever the model and the data are."""
+    """End with one line for flags that are wrong whatever the model and the data are. What is said
+    from now on ends no run, and a Ctrl-C is quiet while the rest is imported."""
+    console.settle()
+    stop.end_quietly()
     args = parse_args(expand(argv))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     try:

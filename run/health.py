@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 import dist
+from run.judge import RESTARTS
 
 PATIENCE = 5  # steps
 MAX_DRIFT = 0.1  # mean |sampler - trainer| of a log-probability; bfloat16's rounding makes 0.01
@@ -77,6 +78,8 @@ RISEN = {  # a counter → what it means
     "a larger --accuracy_timeout helps if they are right ones",
     "rewards/accuracy/crashes": "comparing these answers ended a process and gave 0.0; "
     "shorter ones (--max_completion_length) help",
+    RESTARTS: "the process that checks answers had ended or fallen silent and was replaced; more "
+    "memory, or a smaller --accuracy_timeout, helps",
     "rewards/unscored": "no reward applied to these completions, which earned 0.0; "
     "rows with references (--dataset), or another of --reward_funcs, helps",
 }

@@ -2,7 +2,7 @@
 
     trainer                    judge (python -m run.judge)         workers (forks of it)
     Judge(pairs) ── a line ──> compare ─┬─ fork_worker ─────────── verdict, verdict, …
-                 <─ a line ──           └─ fork_worker ─────────── verdict, ← timer: TIMEOUT
+     <─ ⏎ each second, a line ──       └─ fork_worker ─────────── verdict, ← timer: TIMEOUT
 
 math_verify may never return on what a model writes, and only ending a process bounds that. So
 certain answers are settled here (run/answers.py), and the rest by workers, each of which may die
@@ -11,6 +11,7 @@ milliseconds and little memory.
 
 An answer's limit is processor time. What else runs on the machine then changes no verdict, only how
 long it takes. What sleeps uses none, so a second limit, of PATIENCE times as long, is real time.
+A judge that says nothing for SILENCE seconds, because it is stopped or swapped out, is replaced.
 
 `Judge(timeout)` is a callable from (answer, reference) pairs to verdicts, like rewards.verify. To
 compare otherwise, write such a callable and hand it to `Rewards(judge=…)`.
@@ -25,19 +26,24 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import UsageError
-from rewards import CRASH, TIMEOUT
+from rewards import CRASH, TIMEOUT, RewardError
+from run import stop
 from run.answers import quick_verdict, verdict
 from run.notation import cleaned
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20
+SILENCE = 60.0  # seconds; a judge that lives says something each second, on a busy machine later
+RESTARTS = "rewards/accuracy/judge_restarts"  # the metric: processes that had to be replaced
 TIMERS = {signal.SIGPROF, signal.SIGALRM}  # of processor time, and of real time
 # Read by math_verify as a judge starts, so that forks find loaded and cached what it needs.
 WARM_ANSWERS = ("7", r"\frac{1}{2}", "x^2+2x+1", "(1, e]", r"\boxed{\pi}", "so $x = 5$ it is.")
@@ -50,13 +56,14 @@ WARM_REFERENCES = ("0.5", "(x+1)^2", r"2\sqrt{3}")
 class Judge:
     """Verdicts on (answer, reference) pairs; timeout: processor seconds that one of them may take.
 
-    RuntimeError if its process ends twice on one batch.
+    RewardError if its process ends, or falls silent, twice on one batch.
     """
 
     def __init__(self, timeout: float):
         if not timeout > 0:
             raise UsageError(f"--accuracy_timeout {timeout}: must be more than 0 seconds")
         self.timeout, self.process = timeout, None
+        self.restarts = 0  # until `take_restarts` takes them
 
     def __call__(self, pairs: list[tuple[str, str]]) -> list[str]:
         pairs = [(cleaned(a), cleaned(b)) for a, b in pairs]
@@ -84,18 +91,47 @@ class Judge:
         for _ in range(2):
             self.start()
             try:
-                self.process.stdin.write(json.dumps(pairs).encode() + b"\n")
-                self.process.stdin.flush()
-                line = self.process.stdout.readline()
+                line = self.say_and_hear(json.dumps(pairs).encode() + b"\n")
                 if line:
                     return json.loads(line)
-            except BrokenPipeError:
+            except (BrokenPipeError, ValueError):  # it has ended, or was ended amid a line
                 pass
             except BaseException:
                 self.close()  # or the next batch would read this one's verdicts
                 raise
-            self.close()  # something ended it, perhaps the kernel for lack of memory: once more
-        raise RuntimeError("the process that checks answers ended twice on one batch")
+            # Something ended it, perhaps the kernel for lack of memory, or silence: once more.
+            self.close()
+            self.restarts += 1
+        raise RewardError(
+            "the process that checks answers ended, or fell silent, twice on one batch"
+        )
+
+    def say_and_hear(self, question: bytes) -> bytes:
+        """Its answer, a line; empty if it has ended, which SILENCE seconds without a word do."""
+        line = b"\n"
+        with self.watched():
+            self.process.stdin.write(question)
+            self.process.stdin.flush()
+        while line == b"\n":  # a sign of life
+            with self.watched():
+                line = self.process.stdout.readline()
+        return line
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What waits for the process in here ends SILENCE seconds later, since the process does."""
+        watchdog = threading.Timer(SILENCE, os.killpg, [self.process.pid, signal.SIGKILL])
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
+
+    def take_restarts(self) -> int:
+        """How many processes had to be replaced since the last call."""
+        taken, self.restarts = self.restarts, 0
+        return taken
 
     def close(self) -> None:
         """End the process and its workers."""
@@ -115,9 +151,13 @@ class Judge:
 
 def judge_main(timeout: float) -> None:
     """A line of pairs in (JSON, stdin), a line of verdicts out (stdout), until the trainer ends."""
+    # To be woken, if it is stopped, and see that. (To be killed would be too much: the kernel takes
+    # the end of the thread that has started this process for the end of the trainer.)
+    stop.end_with_parent(stop.PARENT, signal.SIGCONT)
     end_with(os.getppid())
     logging.disable(logging.CRITICAL)  # math_verify warns that its own time limits are off
     for answer in WARM_ANSWERS:
+        print(flush=True)  # a sign of life
         for reference in WARM_REFERENCES:
             verdict(answer, reference)
     cores = os.cpu_count() or 1
@@ -146,6 +186,8 @@ class Worker:
     pid: int
     todo: deque[int]  # the indices of the pairs left to it
     since: float  # its processor time when it last said something
+    heard: float  # when that was
+    overdue: bool = False  # ended for its silence
 
 
 def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
@@ -153,7 +195,7 @@ def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
     verdicts = [CRASH] * len(pairs)
     # Neighbours stay together, for the completions of a group share their reference.
     share = math.ceil(len(pairs) / min(cores, 4))
-    waiting = deque()
+    waiting, spoken = deque(), time.monotonic()
     for i in range(0, len(pairs), share):
         waiting.append(deque(range(i, min(i + share, len(pairs)))))
     running = {}  # pipe → worker
@@ -161,20 +203,29 @@ def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
         while waiting and len(running) < most_workers:
             todo = waiting.popleft()
             pid, pipe = fork_worker([pairs[i] for i in todo], timeout)
-            running[pipe] = Worker(pid, todo, processor_time(pid))
+            running[pipe] = Worker(pid, todo, processor_time(pid), time.monotonic())
         for pipe in select.select(list(running), [], [], slow / 2)[0]:
             worker = running[pipe]
-            worker.since = processor_time(worker.pid)
+            worker.since, worker.heard = processor_time(worker.pid), time.monotonic()
             marks = os.read(pipe, 4096).decode()
             for mark in marks[: len(worker.todo)]:
                 verdicts[worker.todo.popleft()] = mark
             if not marks or not worker.todo:
                 del running[pipe]
-                timed_out = end_worker(worker, pipe)
+                timed_out = end_worker(worker, pipe) or worker.overdue
                 if worker.todo:  # it died over the first of these
                     verdicts[worker.todo.popleft()] = TIMEOUT if timed_out else CRASH
                 if worker.todo:
                     waiting.append(worker.todo)
+        now = time.monotonic()
+        for worker in running.values():
+            # Its timers end a worker earlier, but not one that is stopped.
+            if now > worker.heard + 1.5 * PATIENCE * timeout and not worker.overdue:
+                worker.overdue = True
+                os.kill(worker.pid, signal.SIGKILL)
+        if now > spoken + 1.0:
+            spoken = now
+            print(flush=True)  # a sign of life
         for worker in running.values():
             if len(worker.todo) > 1 and processor_time(worker.pid) - worker.since > slow:
                 waiting.append(take_over(worker))
@@ -214,11 +265,12 @@ def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
     deep in arithmetic on big integers. memory: bytes that it may take.
     """
     pipe, write = os.pipe()
-    pid = os.fork()
+    judge, pid = os.getpid(), os.fork()
     if pid:
         os.close(write)
         return pid, pipe
     try:
+        stop.end_with_parent(judge)
         for timer in TIMERS:
             signal.signal(timer, signal.SIG_DFL)  # it ends the process
         for stream in (0, 1, 2):  # what sympy prints must not reach the trainer

@@ -3,7 +3,6 @@
 Metrics are whatever the loss, the rewards and the sampler return: a new name needs no change here.
 """
 
-import json
 import resource
 import statistics
 import time
@@ -14,9 +13,13 @@ from typing import Annotated, Literal
 import torch
 from tqdm import tqdm
 
-from rewards import COUNTERS
+from rewards import COUNTERS as OF_REWARDS
 from run.health import Health
+from run.judge import RESTARTS
+from run.lines import Lines, cut_after
+from run.stop import wish
 
+COUNTERS = {*OF_REWARDS, RESTARTS}
 ONCE_A_BATCH = {"time/sync", "time/generate", "time/reward", *COUNTERS}
 
 
@@ -102,10 +105,12 @@ class Tally:
             self.totals[name] = max(before, value) if name.endswith("/max") else before + value
 
     def over(self, world) -> dict[str, float]:
-        """Of all ranks, on each of them."""
+        """Of all ranks, on each of them, which also learn who of them was asked to stop."""
         together = Tally()
-        for parts in world.gather([self.totals]):
+        everyone = world.gather([(self.totals, wish.signal)])
+        for parts, _ in everyone:
             together.add(parts)
+        wish.agreed = max(signal for _, signal in everyone)
         return together.totals
 
 
@@ -158,7 +163,9 @@ class Log:
     """
 
     def __init__(self, args, world, max_steps: int, steps_per_epoch: float, progress):
-        self.main, self.folder = world.is_main, Path(args.output_dir)
+        self.world, self.main, self.folder = world, world.is_main, Path(args.output_dir)
+        self.metrics_file = Lines(self.folder / "metrics.jsonl")
+        self.completions_file = Lines(self.folder / "completions.jsonl")
         self.every, self.tells_completions = args.logging_steps, args.log_completions
         self.max_steps, self.steps_per_epoch = max_steps, steps_per_epoch
         self.tensorboard = self.wandb = None
@@ -166,6 +173,7 @@ class Log:
         self.health = Health(args)
         if self.main:
             self._open(args, progress.step)
+        wish.training = True  # from now on there is a step to finish
 
     def _open(self, args, step: int) -> None:
         if "tensorboard" in args.report_to:
@@ -176,10 +184,19 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project="grpo", config=vars(args), dir=str(self.folder))
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            cut_after(self.folder / name, step)
+        for lines in (self.metrics_file, self.completions_file):
+            note = cut_after(lines.file, step)
+            if note:
+                print(note, flush=True)
+        if step >= self.max_steps:
+            print(f"step {step} of {self.max_steps} is done: nothing is left to do", flush=True)
         settings = {"desc": "GRPO", "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(total=self.max_steps, initial=step, **settings)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the run is to end behind this step: the same on all ranks."""
+        return bool(wish.agreed)
 
     def step(self, progress, learning_rate: float, metrics: dict[str, float]) -> None:
         """A step is done. metrics: what is told as a mean over the steps of a line."""
@@ -229,14 +246,12 @@ class Log:
                 table.add_data(r["prompt"], r["completion"], r["advantage"], *r["rewards"].values())
             self.wandb.log({"completions": table}, step=step)
             return
-        with (self.folder / "completions.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
+        self._append(self.completions_file, [{"step": step, **record} for record in records])
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         if not self.main:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(self.metrics_file, [line])
         if self.tensorboard:
             for name, value in line.items():
                 if name != "step":
@@ -244,20 +259,16 @@ class Log:
         if self.wandb:
             self.wandb.log(line, step=step)
 
+    def _append(self, file: Lines, objects: list[dict]) -> None:
+        problem = file.write(objects)
+        if problem:
+            self.bar.write(problem)
+
     def close(self) -> None:
+        wish.training = False
         if self.main:
             self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def cut_after(file: Path, step: int) -> None:
-    """Forget what a run wrote that got further than the checkpoint at `step`."""
-    if not file.exists():
-        return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    file.write_text("".join(kept), encoding="utf-8")

@@ -3,15 +3,16 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import dist
 import lora
 from data import UsageError, either
-from run import checkpoints
 from run.flags import EMBEDDED_MODEL, first_line
 from run.log import say
 
@@ -75,6 +76,42 @@ def tell_frozen(world, model) -> None:
         say(world, f"--train_type lora: {what}; --train_type full trains them, too")
 
 
+def load(args: argparse.Namespace, from_pretrained: Callable, dtype: torch.dtype):
+    """A model with its weights, all of them from the files. UsageError if these do not fit."""
+    try:
+        model, info = from_pretrained(
+            args.model,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which then are told, and refused here
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UsageError(
+            f"--model {args.model}: its weights cannot be loaded ({first_line(error)}); "
+            "a whole checkpoint works"
+        ) from error
+    refuse_missing(args, info)
+    for name, there, here in sorted(info["mismatched_keys"])[:1]:
+        raise UsageError(
+            f"--model {args.model}: {name} is {list(there)} in its files and {list(here)} by its "
+            "config.json; a checkpoint whose two fit works"
+        )
+    return model
+
+
+def refuse_not_finite(args: argparse.Namespace, model) -> None:
+    """This rank's part of the weights: a sum of what is not finite is not either."""
+    for name, parameter in model.named_parameters():
+        total = dist.local(parameter.detach()).sum(dtype=torch.float32)
+        if not total.isfinite():
+            raise UsageError(
+                f"--model {args.model}: {name} holds numbers that are not finite; "
+                "a checkpoint that is not damaged works"
+            )
+
+
 def refuse_missing(args: argparse.Namespace, info: dict) -> None:
     """What a checkpoint lacks, transformers makes up at random. info: of from_pretrained."""
     if info["missing_keys"]:
@@ -98,7 +135,7 @@ def context_of(config) -> float:
 def load_tokenizer(model: str):
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken tokenizer.json is a bare Exception
         message = f"--model {model}: no tokenizer there ({first_line(error)})"
         raise UsageError(message) from error
 
@@ -124,7 +161,7 @@ def template_of(args: argparse.Namespace) -> dict:
 
 def check_checkpoint(args: argparse.Namespace, model) -> None:
     """Whether the checkpoint to resume is of the parameters that this model trains."""
-    folder = checkpoints.checkpoint_to_resume(args)
+    folder = Path(args.resume_from_checkpoint)
     try:
         with safe_open(folder / "optimizer.safetensors", "pt") as file:
             names = [name for name in file.keys() if name.startswith("master.")]  # noqa: SIM118

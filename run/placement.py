@@ -1,8 +1,11 @@
-"""What the flags of vLLM mean: which device its engine gets, and with what settings it starts there."""
+"""Which device a run trains on, and what the flags of vLLM mean: its engine's device and settings."""
 
 import argparse
 import functools
+import glob
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +14,10 @@ import torch
 
 from data import UsageError
 from run.engine import Engine, OnRank0
+from run.flags import first_line
 from run.log import say
+
+DRIVER = "/proc/driver/nvidia/version"  # where the kernel's module of a GPU says what it is
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,44 @@ class Options:
     vllm_timeout: Annotated[
         float, "seconds the engine may give no sign of life, once started", "above 0"
     ] = 300.0
+
+
+def check_device(wanted: str) -> None:
+    """UsageError where a run would train on another device than the user may expect: a GPU that is
+    there, but that torch cannot use, is never left aside in silence."""
+    if wanted == "cpu":
+        return
+    problem, works = why_no_gpu(), "cpu works, more slowly"
+    if torch.cuda.is_available():
+        gpus, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+        problem = f"process {number} of this machine needs GPU {number}, and torch sees {gpus}"
+        works = f"--nproc_per_node {gpus} works"
+        if number < gpus:
+            return
+    elif wanted == "cuda":
+        problem = problem or "there is no GPU"
+    if problem:
+        raise UsageError(f"--device {wanted}: {problem}; {works}")
+
+
+def why_no_gpu() -> str:
+    """Why torch cannot use the GPU that this machine has; "" where there is none, or it is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not glob.glob("/dev/nvidia[0-9]*") or torch.cuda.is_available():
+        return ""
+    driver = "an NVIDIA driver"
+    with suppress(OSError):
+        version = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", Path(DRIVER).read_text())
+        driver = f"NVIDIA's driver {version[1]}" if version else driver
+    if torch.version.cuda is None:
+        return f"there is a GPU with {driver}, but torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+        reason = "it does not say why"
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+    built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+    return f"there is a GPU with {driver}, but {built}, cannot use it ({reason})"
 
 
 def engine_for(args: argparse.Namespace, world) -> OnRank0:

@@ -11,6 +11,7 @@ A reward that fails leaves its batch in failed-reward-step*.json, in the output 
 
 import asyncio
 import difflib
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -27,6 +28,7 @@ import rewards
 from data import UsageError
 from rewards import BUILT_IN, Cosine, Repetition, RewardError, Rewards, orms
 from run import scorer
+from run.judge import RESTARTS
 
 HERE = Path(__file__).parent
 # Columns of ours. A dataset's own may not have these names, nor prompt_ids.
@@ -72,7 +74,9 @@ def run_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError("no such file")
     sys.path.append(str(path.parent.resolve()))  # for modules beside it
-    spec = importlib.util.spec_from_file_location(f"plugin_{path.stem}", path)
+    name = f"plugin_{path.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(path))  # whatever its ending
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -170,6 +174,13 @@ class CheckedRewards(Rewards):
                     there = ", ".join(sorted(columns))
                     problem = f"needs a column {name}; the dataset has {there}"
                     raise UsageError(f"--reward_funcs {reward}: {problem}")
+
+    def metrics(self) -> dict[str, float]:
+        """Those of Rewards, and how often the judge had to be replaced."""
+        counts = super().metrics()
+        if self.accuracy and hasattr(self.accuracy.judge, "take_restarts"):
+            counts[RESTARTS] = float(self.accuracy.judge.take_restarts())
+        return counts
 
     def evaluate(self, completions, columns) -> list[list[float | None]]:
         """What each reward gives for the batch. Async ones run together."""

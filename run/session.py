@@ -4,25 +4,28 @@ told what is wrong     status   who
 a flag, a file, data   2        said once, or once on each node before the ranks have met
 a reward, a sampler, a checkpoint, a gradient that is not finite
                        1        with how to go on from the last checkpoint
+no memory is left      1        the rank that asked for it
 another rank is lost   1        every rank, by the watch (run/watch.py)
-Ctrl-C                 130
+torchrun is lost       1        every rank that it started (run/stop.py)
+Ctrl-C                 130      rank 0, behind the step under way and its checkpoint;
+SIGTERM                143      a second time, or before the first step, at once
 """
 
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from transformers.utils import logging
 
 import dist
 from data import UsageError
 from rewards import RewardError
-from run import flags, watch
+from run import flags, placement, stop, watch
 from run.checkpoints import SaveError, how_to_resume
 from run.log import say
 from sampler import SamplerError
@@ -31,8 +34,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not m
 logging.disable_progress_bar()  # a bar for each file that transformers reads or writes
 
 
-def read_flags(argv: list[str], world: dist.World) -> argparse.Namespace:
-    """The options of a command line; without any, those of the demo, whose command is printed."""
+def read_flags(argv: list[str]) -> tuple[argparse.Namespace, dist.World]:
+    """The options of a command line, and this process's place on the device that they name. Without
+    any they are those of the demo, whose command is printed."""
+    wanted = flags.parse_args(flags.expand(argv)).device
+    try:
+        placement.check_device(wanted)
+    except UsageError as error:
+        flags.fail(str(error))
+    world = dist.find_world(wanted)
     words = flags.expand(argv, dist.has_bfloat16(world.device))
     if words is not argv:
         program = "python"
@@ -40,39 +50,74 @@ def read_flags(argv: list[str], world: dist.World) -> argparse.Namespace:
             program = f"torchrun --nproc_per_node {world.size}"
         shown = words[: len(words) - len(argv[1:])]  # the preset, without what was typed behind it
         say(world, f"{program} train.py {shlex.join(shown)}")
-    return flags.parse_args(words)
+    return flags.parse_args(words), world
 
 
 @contextmanager
 def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
     """In this block the ranks have met and watch each other; an error in it ends the program with
-    one line. A plan (--dry_run) needs no other rank."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
-    watcher = None
-    try:
-        if not args.dry_run:
-            on_loss = partial(end_for_loss, args)
-            place = world.rank, world.size, world.place
-            store, watcher = watch.meet(*place, args.node_timeout, on_loss)
-            dist.start(world, store)
-        yield
-        if watcher:
-            watcher.close(watcher.DONE)
-    except UsageError as error:
-        flags.fail(str(error))
-    except (RewardError, SamplerError, SaveError, FloatingPointError) as error:
-        flags.fail(f"{error}; {how_to_resume(args)}", status=1)
-    except KeyboardInterrupt:
-        flags.fail(f"interrupted; {how_to_resume(args)}", status=130)
-    except (RuntimeError, SystemExit):
-        # A collective that failed, a signal from torchrun: whoever was lost explains it.
-        if watcher:
-            watcher.defer()
-        raise
-    finally:
-        if watcher:
-            watcher.close()
-        dist.stop()
+    one line, and so does a signal. A plan (--dry_run) needs no other rank."""
+    watcher, word = None, watch.Watch.FAILED
+    on_loss = partial(end_for_loss, args)
+    stop.watch_torchrun(on_loss)
+    with stop.listening() as wish:
+        try:
+            if not args.dry_run:
+                place = world.rank, world.size, world.place
+                store, watcher = watch.meet(*place, args.node_timeout, on_loss)
+                dist.start(world, store)
+            yield
+            word = watch.Watch.DONE
+            if watcher:
+                watcher.close(word)
+            if wish.agreed:
+                end_as_asked(args, world, wish.agreed)
+        except UsageError as error:
+            flags.fail(str(error))
+        except FloatingPointError as error:
+            helps = "a smaller --learning_rate or --max_grad_norm helps"
+            flags.fail(f"{error}; {helps}; {how_to_resume(args)}", status=1)
+        except (RewardError, SamplerError, SaveError) as error:
+            flags.fail(f"{error}; {how_to_resume(args)}", status=1)
+        except stop.Ended as signal:
+            word = watch.Watch.ASKED
+            flags.fail(f"{signal}; {how_to_resume(args)}", signal.status)
+        except MEMORY as error:
+            if not is_lack_of_memory(error):
+                if watcher:  # a collective that failed: whoever was lost explains it
+                    watcher.defer()
+                raise
+            what = f"out of memory ({first_sentence(error)})"
+            helps = "a smaller --per_device_train_batch_size, more --gradient_accumulation_steps or"
+            helps += " --gradient_checkpointing true takes less"
+            flags.fail(f"{what}; {helps}; {how_to_resume(args)}", status=1)
+        finally:
+            if watcher:
+                watcher.close(word)
+            dist.stop()
+
+
+def end_as_asked(args: argparse.Namespace, world: dist.World, number: int) -> None:
+    """All ranks have stopped at the same step, with a checkpoint: rank 0 has the last line."""
+    if world.is_main:
+        flags.write_line(f"train.py: stopped by {stop.name_of(number)}; {how_to_resume(args)}")
+    sys.exit(128 + number)
+
+
+# What torch raises when there is no memory to be had, and much else.
+MEMORY = (RuntimeError, MemoryError)
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)  # of torch's allocator for CPUs, of cuBLAS
+    return "can't allocate memory" in text or "ALLOC_FAILED" in text
+
+
+def first_sentence(error: BaseException) -> str:
+    """An allocator goes on with advice of its own."""
+    return flags.first_line(error).split(". ")[0]
 
 
 def end_for_loss(args: argparse.Namespace, lost: str) -> None:

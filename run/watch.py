@@ -117,7 +117,7 @@ class Watch:
     """
 
     # What is said on a connection; any other bytes are the line of a loss.
-    ALIVE, FAILED, DONE = b"\1", b"\2", b"\3"
+    ALIVE, FAILED, DONE, ASKED = b"\1", b"\2", b"\3", b"\4"
     PATIENCE = 15.0  # seconds until rank 0 says for whom it waits
     GRACE = 3.0  # seconds to end with an error of one's own when another has said that it failed
 
@@ -149,8 +149,8 @@ class Watch:
         self.thread.start()
 
     def close(self, word: bytes = FAILED) -> None:
-        """Watch no more, and tell the others that this process ends: as it should (DONE), or with a
-        failure of its own."""
+        """Watch no more, and tell the others that this process ends: as it should (DONE), with a
+        failure that it has told (FAILED), or since a signal asked it to (ASKED)."""
         if self.closed:
             return
         self.closed = True
@@ -249,11 +249,13 @@ class Watch:
                     connection, place = key.fileobj, self.peers[key.fileobj]
                     said = connection.recv(4096)
                     heard[connection] = time.monotonic()
-                    told = said.strip(self.ALIVE + self.FAILED + self.DONE)
+                    told = said.strip(self.ALIVE + self.FAILED + self.DONE + self.ASKED)
                     if told:  # rank 0 has lost another one
                         return told.decode(), self.GRACE if self.FAILED in said else 0.0
                     if self.FAILED in said:
                         return f"lost {place}: it failed, and has told why", self.GRACE
+                    if self.ASKED in said:
+                        return f"lost {place}: a signal asked it to end", 0.0
                     if not said:
                         return f"lost {place}: its process has ended", 0.0
                     if self.DONE in said:

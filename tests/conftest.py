@@ -179,17 +179,13 @@ def train_here(*flags) -> str:
     return out.getvalue()
 
 
-def start_train(*flags, processes: int = 1, root: Path = ROOT, **env) -> subprocess.Popen:
+def start_train(
+    *flags, processes=1, root: Path = ROOT, launcher="torch.distributed.run", **env
+) -> subprocess.Popen:
     """train.py in processes of its own, as a user starts it, one thread each."""
     command = [sys.executable]
     if processes > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
+        command += ["-m", launcher, "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*command, str(root / "train.py"), *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,

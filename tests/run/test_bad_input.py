@@ -9,6 +9,7 @@ import pytest
 import transformers
 from conftest import ROOT, flags_for, run_train
 from processes import run_forked
+from safetensors.torch import load_file, save_file
 
 import train
 
@@ -61,6 +62,11 @@ BAD_INPUT = {
         ["--output_dir", "{tmp}/ask.jsonl/out"],
         r"--output_dir .*out: cannot be made",
     ),
+    "output_dir of no name": (["--output_dir", ""], r"--output_dir '': names no folder"),
+    "broken tokenizer": (
+        ["--model", "{tmp}/garbled"],
+        r"--model .*garbled: no tokenizer there \(",
+    ),
     "dtype": (["--torch_dtype", "bfloat17"], r"--torch_dtype: .*bfloat17.*bfloat16"),
     "output_dir is a file": (
         ["--output_dir", "{tmp}/ask.jsonl"],
@@ -93,6 +99,10 @@ BAD_INPUT = {
     "plugin fails": (
         ["--external_plugins", "{tmp}/fails.py"],
         r"--external_plugins .*: failed to import: .*fails.py:2",
+    ),
+    "plugin without .py": (
+        ["--external_plugins", "{tmp}/bare_name"],
+        r"--external_plugins .*bare_name: registers no reward",
     ),
     "plugin registers nothing": (
         ["--external_plugins", "{tmp}/idle.py"],
@@ -148,6 +158,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     (tmp_path / "ids.jsonl").write_text('{"question": "Why?", "prompt_ids": [1]}\n')
     (tmp_path / "fails.py").write_text("import math\nmath.nothing\n")
     (tmp_path / "idle.py").write_text("x = 1\n")
+    (tmp_path / "bare_name").write_text("x = 1\n")
     (tmp_path / "thief.py").write_text("from rewards import orms\norms['format'] = len\n")
     (tmp_path / "mute.py").write_text("from rewards import orms\nclass A: pass\norms['cls'] = A\n")
     if case == "no head":
@@ -160,6 +171,9 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
         shutil.copytree(
             model_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")
         )
+    if case == "broken tokenizer":
+        shutil.copytree(model_folder, tmp_path / "garbled")
+        (tmp_path / "garbled/tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     monkeypatch.chdir(ROOT)
     flags, message = BAD_INPUT[case]
     words = [
@@ -172,6 +186,43 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     assert captured.err.count("\n") == 1 and re.search(f"^train.py: {message}", captured.err), (
         captured.err
     )
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def wider(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 56}))
+
+
+def not_finite(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BROKEN_WEIGHTS = {
+    "truncated": (truncated, r"its weights cannot be loaded \("),
+    "of other shapes": (wider, r".*mlp.* is \[32, 48\] in its files and \[32, 56\] by its config"),
+    "not finite": (not_finite, "model.norm.weight holds numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_weights_that_cannot_be_trained_are_one_line(case, model_folder, plugin, tmp_path, capsys):
+    damage, message = BROKEN_WEIGHTS[case]
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    damage(model)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags_for(model, plugin, tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    lines = [line for line in captured.err.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and re.search(f"--model .*model: {message}", lines[0]), captured.err
+    assert "Traceback" not in captured.err
 
 
 def test_bad_input_with_torchrun_is_said_once(model_folder, plugin, tmp_path):

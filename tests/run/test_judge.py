@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data import UsageError
 from rewards import RIGHT, TIMEOUT, WRONG, Rewards, final_answer
 from run import judge as judge_module
 from run.judge import Judge
+from run.plugins import CheckedRewards
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIXTURES = ROOT / "tests/fixtures/rewards"
@@ -213,8 +215,47 @@ def test_a_killed_judge_is_replaced_wherever_the_trainer_stands(judge, tmp_path,
 
 def test_a_judge_that_ends_again_on_a_batch_is_an_error(monkeypatch):
     monkeypatch.setattr(judge_module.sys, "executable", "true")
-    with pytest.raises(RuntimeError, match="ended twice on one batch"):
+    with pytest.raises(RuntimeError, match="ended, or fell silent, twice on one batch"):
         Judge(5.0)([("so 6", "6")])
+
+
+def test_a_judge_that_is_stopped_is_replaced_and_counted(make, monkeypatch):
+    judge = make(5.0)
+    first = judge.process.pid
+    monkeypatch.setattr(judge_module, "SILENCE", 3.0)
+    os.kill(first, signal.SIGSTOP)
+    reward = CheckedRewards(["accuracy"], judge=judge)
+    about = {"prompts": [[]], "completion_ids": [[]], "step": 0, "solution": ["6"]}
+    assert reward(["so it is 6, is it?"], **about) == [[1.0]]
+    assert gone_within(first, 2.5) and judge.process.pid != first
+    assert reward.metrics()[judge_module.RESTARTS] == 1.0
+    assert reward.metrics()[judge_module.RESTARTS] == 0.0
+
+
+def test_a_judge_that_takes_longer_than_silence_is_not_replaced(make, monkeypatch):
+    judge = make(6.0)
+    first = judge.process.pid
+    monkeypatch.setattr(judge_module, "SILENCE", 3.0)
+    assert judge([(TOWER, "5")]) == [TIMEOUT]
+    assert judge.process.pid == first and judge.restarts == 0
+
+
+def test_a_worker_that_is_stopped_costs_its_answer_a_limit(make):
+    """A stopped process gets no signal of a timer."""
+    judge = make(0.5)
+    thread = threading.Thread(target=lambda: verdicts.extend(judge([(TOWER, "5"), ("6?", "6")])))
+    verdicts = []
+    thread.start()
+    session = judge.process.pid
+    deadline = time.monotonic() + 10
+    while thread.is_alive() and time.monotonic() < deadline:
+        for worker in set(processes(session)) - {session}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGSTOP)
+            deadline = 0.0
+    thread.join(60)
+    assert not thread.is_alive() and verdicts[0] == TIMEOUT
+    assert processes(session) == [session]
 
 
 # Answers that hang it --------------------------------------------------------------------------
@@ -373,6 +414,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from rewards import Rewards
 from run.judge import Judge
+from run.plugins import CheckedRewards
 judge = Judge(600.0)
 reward = Rewards(["accuracy"], judge=judge)
 def run(text): reward([text], prompts=[[]], completion_ids=[[]], step=0, solution=["5"])

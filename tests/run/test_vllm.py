@@ -168,6 +168,19 @@ def test_an_engine_that_ends_or_falls_silent_is_told_and_gone(case, tmp_path, mo
     assert engine.process.returncode is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_never_joins_the_first_transfer_is_told_in_time(
+    number, tmp_path, monkeypatch
+):
+    """gloo by itself would wait for 20 s, NCCL for ever."""
+    engine = stub_engine(tmp_path, monkeypatch, timeout=3.0)
+    os.kill(engine.process.pid, number)
+    started = time.monotonic()
+    with pytest.raises(SamplerError, match="the engine (was killed by signal 9|gave no sign of)"):
+        engine.announce([("w", torch.Size([2]), torch.float32)])
+    assert time.monotonic() - started < 10 and engine.process.returncode is not None
+
+
 def test_an_error_of_the_trainers_own_is_not_the_engines(tmp_path, monkeypatch):
     def out_of_memory(model):
         raise torch.OutOfMemoryError("this one is the trainer's")
@@ -238,7 +251,7 @@ SILENT = "the engine gave no sign of life for 5 s (--vllm_timeout) and was kille
 ENDS = {  # what → signal, whom it is sent to, ranks, exit status, what is said
     "engine stopped": (signal.SIGSTOP, "engine", 2, 1, SILENT),
     "SIGTERM to torchrun": (signal.SIGTERM, "torchrun", 2, 1, "SIGTERM"),
-    "Ctrl-C": (signal.SIGINT, "rank", 1, 130, "train.py: interrupted"),
+    "Ctrl-C": (signal.SIGINT, "rank", 1, 130, "train.py: stopped by Ctrl-C; "),
     "SIGKILL": (signal.SIGKILL, "rank", 1, -9, ""),
 }
 

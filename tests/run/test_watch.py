@@ -25,6 +25,7 @@ LOST = {
     "killed": f"lost rank 1 on {HERE}: its process has ended",
     "stopped": f"lost rank 1 on {HERE}: no sign of life for 4 s",
     "failed": f"lost rank 1 on {HERE}: it failed, and has told why",
+    "asked": f"lost rank 1 on {HERE}: a signal asked it to end",
 }
 NOT_LOST = ("done", "busy", "late")
 
@@ -61,6 +62,9 @@ def rank_of_a_run(case: str, rank: int, size: int) -> None:
     if case == "failed" and rank == 1:
         print("my own reason")
         watcher.close()
+        return
+    if case == "asked" and rank == 1:
+        watcher.close(watcher.ASKED)
         return
     if case == "busy":
         world.barrier()  # the others wait for it

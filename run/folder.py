@@ -1,0 +1,179 @@
+"""A run's folder: one run at a time in it, which checkpoints it holds, and which of them are whole.
+
+    output/
+      args.json  metrics.jsonl  completions.jsonl
+      checkpoint-<step>/    whole or not there (run/checkpoints.py writes it)
+      earlier-<n>/          what an earlier run left in this folder
+      .lock  .holder        who writes here
+
+A checkpoint of ours is a folder named checkpoint-<number> with the optimizer's state in it. What
+has another name, such as checkpoint-best, and what is a link, is somebody else's, and left alone.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from data import UsageError, one_line
+
+OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs")
+STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+# Endings of folders that are not whole yet, or not whole any more: a kill may leave them.
+UNFINISHED, REMOVED = ".unfinished", ".removed"
+
+
+# One run at a time ------------------------------------------------------------------------------
+
+
+def lock(folder: Path) -> FileLock:
+    """Take a folder for this process, for as long as the lock lives or the process does.
+
+    UsageError while another process has it. The kernel gives it back however a process ends.
+    """
+    held = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    holder = folder / ".holder"
+    try:
+        held.acquire()
+    except Timeout as error:
+        who = "another process"
+        with suppress(OSError):
+            who = holder.read_text(encoding="utf-8").strip() or who
+        raise UsageError(
+            f"--output_dir {folder}: {who} trains there; another folder, or the end of that "
+            "run, works"
+        ) from error
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return held
+
+
+def refuse_taken(folder: Path) -> None:
+    """The same UsageError before anything is read, as far as that can be told by then."""
+    if (folder / ".lock").exists():
+        with suppress(OSError):
+            lock(folder).release()
+
+
+# What is in it ----------------------------------------------------------------------------------
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        named = re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
+        if named and path.is_dir() and not path.is_symlink():
+            found.append(path)
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def fault(checkpoint: Path) -> str:
+    """Why one cannot go on from here, in a few words; "" for a whole checkpoint."""
+    for name in (STATE, OPTIMIZER):
+        if not (checkpoint / name).exists():
+            return f"it has no {name}"
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state["step"], int):
+            return f"{STATE} has no step"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE} cannot be read: {one_line(error)}"
+    weights = list(checkpoint.glob("*.safetensors"))
+    if len(weights) == 1:
+        return "it has no weights"
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):  # which compares the file's size with its table
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} cannot be read: {one_line(error)}"
+    return ""
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line about each newer one that is not."""
+    notes = []
+    for checkpoint in reversed(checkpoints(folder)):
+        problem = fault(checkpoint)
+        if not problem:
+            return checkpoint, notes
+        notes.append(f"{checkpoint.name} is not whole ({problem})")
+    return None, notes
+
+
+# Moving and removing ----------------------------------------------------------------------------
+
+
+def move_away(paths: list[Path], folder: Path, what: str) -> None:
+    """What would mix with this run's files moves to a folder beside them."""
+    if not paths:
+        return
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    earlier = folder / f"earlier-{number}"
+    earlier.mkdir()
+    for path in paths:
+        path.rename(earlier / path.name)
+    print(f"{folder} held {what}; now in {earlier}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill left of checkpoints that were being written or removed."""
+    for path in folder.glob("checkpoint-*"):
+        if path.name.endswith((UNFINISHED, REMOVED)) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def finish(unfinished: Path, checkpoint: Path) -> None:
+    """Give a checkpoint its name, once all of it is on the disk."""
+    # safetensors keeps its files from others; the user's umask says who may read them.
+    mode = (unfinished / STATE).stat().st_mode
+    for file in filter(Path.is_file, unfinished.iterdir()):
+        file.chmod(mode)
+        sync(file)
+    sync(unfinished)
+    doomed = checkpoint.with_name(checkpoint.name + REMOVED)
+    if checkpoint.exists():  # as one may have been copied here
+        checkpoint.rename(doomed)
+    unfinished.rename(checkpoint)
+    sync(checkpoint.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(checkpoint: Path) -> None:
+    """Under another name first: a kill in between leaves no half of a checkpoint."""
+    doomed = checkpoint.with_name(checkpoint.name + REMOVED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all checkpoints up to `step` but the newest `keep`. One from beyond it is not this
+    run's, nor is one without our optimizer's state."""
+    own = []
+    for path in checkpoints(folder):
+        if checkpoint_step(path) <= step and (path / OPTIMIZER).exists():
+            own.append(path)
+    for checkpoint in own[:-keep]:
+        remove(checkpoint)

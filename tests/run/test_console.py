@@ -1,0 +1,68 @@
+"""Standard output that is closed, narrow or left ends no run; a Ctrl-C before the start is quiet."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SAY = (
+    "import os, sys; from run import console; console.settle()\n"
+    "for _ in range(3000): print('8 completions of 2 processes × 4')\n"
+    "print('π', file=sys.stderr, flush=True)\n"
+    "file = open(sys.argv[1], 'w'); assert file.fileno() > 2, file.fileno()\n"
+    "file.write('done')\n"
+)
+
+
+def closed(*numbers):
+    return lambda: [os.close(number) for number in numbers]
+
+
+STREAMS = {
+    "read by nobody": ("", None, {}),
+    "a full disk": ("/dev/full", None, {}),
+    "of ASCII": (os.devnull, None, {"PYTHONIOENCODING": "ascii"}),
+    "closed": (os.devnull, closed(1), {}),
+    "all closed": (os.devnull, closed(0, 1, 2), {}),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_whatever_standard_output_is_a_run_goes_on(case, tmp_path):
+    target, before, environment = STREAMS[case]
+    read, write = os.pipe()
+    if target:
+        os.close(write)
+        write = os.open(target, os.O_WRONLY)
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", SAY, str(tmp_path / "file")],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+        preexec_fn=before,
+    )
+    os.close(write)
+    assert (tmp_path / "file").read_text() == "done"
+    assert b"Traceback" not in done.stderr, done.stderr
+    if case != "a full disk":  # where Python itself complains as it ends
+        assert done.returncode == 0
+
+
+def test_a_ctrl_c_while_importing_leaves_no_traceback():
+    code = "import time; from run import stop; stop.end_quietly(); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
+        run.stdout.readline()
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=30)
+    assert run.returncode == -signal.SIGINT and said == b""

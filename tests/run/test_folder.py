@@ -1,0 +1,247 @@
+"""A run's folder: which checkpoints count, which are whole, what is removed; lines that are whole."""
+
+import json
+import os
+import resource
+import shutil
+import stat
+
+import pytest
+from conftest import flags_for, train_here
+from safetensors.torch import load_file, save_file
+
+import train
+from run import folder
+from run.lines import Lines, cut_after
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, plugin, tmp_path_factory):
+    """A run with three checkpoints."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    mask = os.umask(0o027)
+    try:
+        train_here(*flags_for(model_folder, plugin, out, save_steps=1))
+    finally:
+        os.umask(mask)
+    return out
+
+
+@pytest.fixture
+def resumed(model_folder, plugin, tmp_path, trained, capsys):
+    """A copy of that run that is damaged in some way and resumed → exit status, what was said."""
+
+    def resume(damage, which="true", *more):
+        out = tmp_path / "out"
+        if not out.exists():
+            shutil.copytree(trained, out)
+        damage(out)
+        flags = flags_for(model_folder, plugin, out, max_steps=4)
+        flags += ["--resume_from_checkpoint", str(which).format(out=out), *more]
+        status = 0
+        try:
+            train.main([str(flag) for flag in flags])
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out + captured.err
+
+    return resume
+
+
+# Whole or not ------------------------------------------------------------------------------------
+
+
+def truncate(name):
+    def damage(out):
+        file = out / "checkpoint-3" / name
+        file.write_bytes(file.read_bytes()[:-100])
+
+    return damage
+
+
+def write(name, text):
+    return lambda out: (out / "checkpoint-3" / name).write_text(text)
+
+
+DAMAGES = {
+    "truncated state": (truncate("optimizer.safetensors"), "optimizer.safetensors cannot be read"),
+    "truncated weights": (truncate("adapter_model.safetensors"), "adapter_model.safetensors cann"),
+    "no state": (
+        lambda out: (out / "checkpoint-3" / "optimizer.safetensors").unlink(),
+        "it has no optimizer.safetensors",
+    ),
+    "no weights": (
+        lambda out: (out / "checkpoint-3" / "adapter_model.safetensors").unlink(),
+        "it has no weights",
+    ),
+    "empty progress": (write("trainer_state.json", ""), "trainer_state.json cannot be read"),
+    "garbled progress": (write("trainer_state.json", '{"step": "x"}'), "has no step"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_the_newest_whole_checkpoint_is_taken_and_why_not_a_newer_one(case, trained, tmp_path):
+    damage, why = DAMAGES[case]
+    shutil.copytree(trained, tmp_path / "out")
+    damage(tmp_path / "out")
+    newest, notes = folder.newest_whole(tmp_path / "out")
+    assert newest == tmp_path / "out" / "checkpoint-2"
+    (note,) = notes
+    assert note.startswith("checkpoint-3 is not whole (") and why in note
+
+
+def test_a_run_says_which_checkpoint_it_takes_and_every_flag_that_differs(resumed):
+    def damage(out):
+        truncate("optimizer.safetensors")(out)
+        (out / "checkpoint-best-7").mkdir()
+
+    status, said = resumed(damage, "true", "--save_total_limit", "9")
+    assert status == 0
+    assert "checkpoint-2; checkpoint-3 is not whole (optimizer.safetensors cannot be read" in said
+    for told in ("--max_steps 4 (was 3)", "--save_total_limit 9 (was None)", "(was 1)"):
+        assert told in said, said
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(resumed):
+    status, said = resumed(truncate("optimizer.safetensors"), "{out}/checkpoint-3")
+    assert status == 2
+    assert "checkpoint-3: not a whole checkpoint (optimizer.safetensors cannot be read" in said
+
+
+def test_state_that_is_not_finite_is_refused_when_it_is_read(resumed):
+    def damage(out):
+        file = out / "checkpoint-3" / "optimizer.safetensors"
+        state = load_file(file)
+        name = next(name for name in state if name.startswith("exp_avg_sq."))
+        state[name][0] = float("nan")
+        save_file(state, file)
+
+    status, said = resumed(damage)
+    assert status == 2
+    assert "exp_avg_sq." in said and "holds numbers that are not finite" in said, said
+
+
+def test_garbled_args_and_metrics_are_told_and_training_goes_on(resumed):
+    def damage(out):
+        (out / "args.json").write_text("{")
+        file = out / "metrics.jsonl"
+        first, *others = file.read_text().splitlines()
+        file.write_text("\n".join([first, "\0\0", *others, '{"step": 9']))
+
+    status, said = resumed(damage, "{out}/checkpoint-2")
+    assert status == 0
+    assert "args.json: cannot be read" in said
+    assert "metrics.jsonl: 1 of 5 lines cannot be read and are left out" in said, said
+
+
+def test_a_run_that_is_done_says_that_nothing_is_left(resumed):
+    status, said = resumed(lambda out: None, "true", "--max_steps", "3")
+    assert status == 0 and "step 3 of 3 is done: nothing is left to do" in said, said
+
+
+def test_checkpoints_have_the_permissions_of_the_umask(trained):
+    for file in (trained / "checkpoint-3").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640, file
+
+
+def test_state_that_is_not_finite_is_never_written(model_folder, plugin, tmp_path, monkeypatch):
+    """Not even what no weight has felt yet: a moment of AdamW."""
+    import dist
+
+    step = dist.ZeroAdamW.step
+
+    def spoiled(optimizer, learning_rate):
+        norm = step(optimizer, learning_rate)
+        optimizer.buckets[0].exp_avg_sq[0] = float("inf")
+        return norm
+
+    monkeypatch.setattr(dist.ZeroAdamW, "step", spoiled)
+    with pytest.raises(SystemExit) as end:
+        train.main([str(f) for f in flags_for(model_folder, plugin, tmp_path, max_steps=1)])
+    assert end.value.code == 1 and not list(tmp_path.glob("checkpoint-*"))
+
+
+# Removing ----------------------------------------------------------------------------------------
+
+
+def test_only_this_runs_own_checkpoints_are_removed(tmp_path):
+    names = ["checkpoint-1", "checkpoint-2", "checkpoint-10", "checkpoint-99"]
+    others = ["checkpoint-best-2", "checkpoint-0003", "checkpoint-²", "checkpoint-4"]
+    for name in names + others:
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-4":  # another program's: without our optimizer's state
+            (tmp_path / name / folder.OPTIMIZER).touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / folder.OPTIMIZER).touch()
+    (tmp_path / "checkpoint-5").symlink_to(elsewhere)
+    folder.prune(tmp_path, step=10, keep=1)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, "checkpoint-10", "checkpoint-99", "checkpoint-5", "elsewhere"}
+    assert (elsewhere / folder.OPTIMIZER).exists()
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A kill amid the removal leaves no half of one under its name."""
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    seen = []
+
+    def killed(path, **_):
+        seen.append((path.name, checkpoint.exists()))
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    folder.remove(checkpoint)
+    assert seen[-1] == ("checkpoint-1.removed", False)
+    monkeypatch.undo()
+    folder.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    unfinished, checkpoint = tmp_path / "checkpoint-1.unfinished", tmp_path / "checkpoint-1"
+    unfinished.mkdir()
+    for name in (folder.STATE, folder.OPTIMIZER):
+        (unfinished / name).touch()
+    synced = []
+    monkeypatch.setattr(folder, "sync", lambda path: synced.append((path, checkpoint.exists())))
+    folder.finish(unfinished, checkpoint)
+    for name in (folder.STATE, folder.OPTIMIZER):
+        assert (unfinished / name, False) in synced
+    assert synced[-1] == (tmp_path, True)
+
+
+# Lines -------------------------------------------------------------------------------------------
+
+
+def test_lines_that_find_no_room_are_said_once_and_written_later(tmp_path):
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.write([{"step": 0}])
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limit))  # amid the third line
+    try:
+        said = [lines.write([{"step": step}]) for step in (1, 2, 3)]
+        assert lines.file.read_text() == '{"step": 0}\n{"step": 1}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, limit))
+    assert said[0] is None and "could not be written" in said[1] and said[2] is None
+    assert lines.write([{"step": 4}]) is None
+    steps = [json.loads(line)["step"] for line in lines.file.read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path):
+    lines = Lines(tmp_path / "out" / "metrics.jsonl")
+    lines.write([{"step": 1}])
+    shutil.rmtree(tmp_path / "out")
+    assert lines.write([{"step": 2}]) is None
+    assert lines.file.read_text() == '{"step": 2}\n'
+
+
+def test_lines_beyond_a_checkpoint_are_forgotten(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert cut_after(file, 2) is None
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
