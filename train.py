@@ -35,6 +35,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy
@@ -48,7 +49,7 @@ import dist
 import grpo
 import lora
 from rewards import Rewards, total
-from run import checkpoints, checks, health, log, models, placement, plan, session
+from run import checkpoints, checks, health, log, models, placement, plan, session, tokens
 from sampler import Completion, ModelSampler, Sampler, VLLMSampler
 
 try:
@@ -110,6 +111,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards, inputs.opening, silent)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
+    recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), max_steps)
     if args.eval_on_start and progress.step == 0:
         evaluate(run, inputs.val_rows, 0, journal)
 
@@ -155,6 +157,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 if micro.old_logps is None:
                     # The policy of the first update is the one that sampled: no pass of its own.
                     micro.old_logps = logps.detach()
+                importance = importance_of(args, micro)
                 loss, parts = grpo.grpo_loss(
                     logps,
                     entropies,
@@ -162,13 +165,14 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     micro.ref_logps,
                     micro.advantages,
                     mask,
-                    importance_of(args, micro),
+                    importance,
                     least_entropy,
                     options=args,
                     normalizers=normalizers,
                 )
                 # Gradients add up over micro-batches and ranks; the loss is divided for that.
                 optimizer.backward(loss)
+                recorder.keep(micro, logps, entropies, importance)
                 entropy = grpo.mean_over_tokens(entropies.detach(), mask).sum()
                 parts["entropy"] = entropy / num_trained
                 for name, value in parts.items():
@@ -181,6 +185,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             metrics |= world.sum(sums) | log.drift(world, micro_batches)
             metrics |= {"grad_norm": grad_norm, "time/comm": waits.seconds()}
             metrics["time/train"] = time.perf_counter() - training
+            metrics |= recorder.write(progress.step, batch)
             metrics["time/step"] = time.perf_counter() - started
             journal.step(progress, learning_rate, metrics)
             metrics = log.later_in_the_batch(metrics)
@@ -225,7 +230,7 @@ class Run:
 class Batch:
     """N completions, the G of a group side by side, and what is known of each."""
 
-    prompt_ids: list[list[int]]
+    rows: list[dict]  # of the dataset, one for each completion
     completions: list[Completion]  # their tokens, and the log-probabilities they were drawn with
     scores: list[list[float | None]]  # by each reward function; None where it does not apply
     rewards: Tensor  # (N,) their weighted sums
@@ -233,6 +238,10 @@ class Batch:
     metrics: dict[str, float]  # of drawing it
     old_logps: Tensor | None = None  # (N, T) of the policy that sampled, in a micro-batch
     ref_logps: Tensor | None = None  # (N, T) of the reference
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [row["prompt_ids"] for row in self.rows]
 
     @property
     def completion_ids(self) -> list[list[int]]:
@@ -256,7 +265,7 @@ class Batch:
     def select(self, rows: list[int]) -> "Batch":
         """Some of the completions, as a batch."""
         return Batch(
-            [self.prompt_ids[i] for i in rows],
+            [self.rows[i] for i in rows],
             [self.completions[i] for i in rows],
             [self.scores[i] for i in rows],
             self.rewards[rows],
@@ -285,8 +294,8 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
 
     # Score. A group may lie across ranks, so every rank needs to know all.
     scores = score(run, own, completions, step)
-    together = world.gather(list(zip(prompt_ids, completions, scores)))
-    prompt_ids, completions, scores = (list(column) for column in zip(*together))
+    together = world.gather(list(zip(completions, scores)))
+    completions, scores = (list(column) for column in zip(*together))
     rewards = torch.tensor(total(scores, run.rewards.weights))  # (N,)
     scored = time.perf_counter()
 
@@ -302,7 +311,7 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
         metrics["zero_std_groups"] = (~teaches).float().mean().item()
     metrics["time/generate"] = sampled - started - metrics.get("time/sync", 0.0)
     metrics["time/reward"] = scored - sampled
-    return Batch(prompt_ids, completions, scores, rewards, advantages, metrics)
+    return Batch(everyone, completions, scores, rewards, advantages, metrics)
 
 
 def score(run: Run, rows: list[dict], completions: list[Completion], step: int) -> list[list]:
@@ -355,13 +364,19 @@ def logps_of(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> 
     return dist.forward(function, model, prompt_ids, completion_ids, args.temperature)
 
 
+def frozen_logps(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> Tensor:
+    """Log-probabilities (B, T) without a gradient and without dropout."""
+    training = model.training
+    with torch.no_grad():
+        logps, _, _ = logps_of(args, model.eval(), micro)
+    model.train(training)
+    return logps
+
+
 def reference_logps(args: argparse.Namespace, reference: torch.nn.Module, micro: Batch) -> Tensor:
     """The reference policy's log-probabilities, (B, T): for LoRA the policy's without adapters."""
-    training = reference.training
-    with torch.no_grad(), lora.disabled(reference.eval()):
-        logps, _, _ = logps_of(args, reference, micro)
-    reference.train(training)
-    return logps
+    with lora.disabled(reference):
+        return frozen_logps(args, reference, micro)
 
 
 def least_entropy_of(
@@ -401,6 +416,7 @@ def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
         part = rows[first : first + prompts_at_once]
         batch = draw(run, part, G, EVALUATION + first, step)
         metrics = log.metrics_of(batch, run.rewards.names)
+        journal.completions(step, batch, run, phase="eval")
         parts.append((len(batch.completions), metrics))
     if parts:
         journal.evaluation(step, log.weighted_mean(parts))

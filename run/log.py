@@ -23,7 +23,8 @@ class Options:
     """logs"""
 
     logging_steps: Annotated[int, "log the means of so many steps", "from 1"] = 1
-    log_completions: Annotated[bool, "write completions.jsonl, or a W&B table"] = False
+    log_completions: Annotated[bool, "write completions.jsonl, and a W&B table"] = False
+    log_tokens: Annotated[int, "groups a logged step to write tokens.jsonl of", "from 0"] = 0
     report_to: Annotated[list[Literal["none", "tensorboard", "wandb"]], "besides metrics.jsonl"] = (
         "none",
     )
@@ -69,15 +70,16 @@ def metrics_of(batch, names: list[str]) -> dict[str, float]:
 
 def records_of(batch, run) -> list[dict]:
     """What completions.jsonl tells of each completion of a batch."""
-    columns = [
-        run.tokenizer.batch_decode(batch.prompt_ids),
-        run.texts(batch.completions),
-        [dict(zip(run.rewards.names, row)) for row in batch.scores],
-        batch.advantages.tolist(),
-    ]
-    return [
-        dict(zip(("prompt", "completion", "rewards", "advantage"), row)) for row in zip(*columns)
-    ]
+    columns = {
+        "prompt": run.tokenizer.batch_decode(batch.prompt_ids),
+        "completion": run.texts(batch.completions),
+        "rewards": [dict(zip(run.rewards.names, row)) for row in batch.scores],
+        "advantage": batch.advantages.tolist(),
+        "solution": [row["solution"] for row in batch.rows],
+        "length": [len(ids) for ids in batch.completion_ids],
+        "finished": [completion.finished for completion in batch.completions],
+    }
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def drift(world, micro_batches: list) -> dict[str, float]:
@@ -156,7 +158,7 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project="grpo", config=vars(args), dir=str(self.folder))
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "tokens.jsonl"):
             cut_after(self.folder / name, step)
         settings = {"desc": "GRPO", "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(total=self.max_steps, initial=step, **settings)
@@ -186,22 +188,25 @@ class Log:
             told = ", ".join(f"eval/{name} {metrics[name]:.3f}" for name in shown)
             self.bar.write(f"step {step}: {told}")
 
-    def completions(self, step: int, batch, run) -> None:
-        """Tell what was sampled for a step, with --log_completions."""
+    def completions(self, step: int, batch, run, phase: str = "train") -> None:
+        """Tell what was sampled for a step, or in an evaluation, with --log_completions."""
         if not (self.main and self.tells_completions):
             return
         names = run.rewards.names
         records = records_of(batch, run)
+        if phase == "eval" and run.args.num_generations_eval == 1:
+            records = [record | {"advantage": None} for record in records]
         if self.wandb:
             import wandb
 
             table = wandb.Table(columns=["prompt", "completion", "advantage", *names])
             for r in records:
                 table.add_data(r["prompt"], r["completion"], r["advantage"], *r["rewards"].values())
-            self.wandb.log({"completions": table}, step=step)
-            return
+            name = "completions" if phase == "train" else "eval/completions"
+            self.wandb.log({name: table}, step=step)
         with (self.folder / "completions.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
+            for record in records:
+                file.write(json.dumps({"step": step, "phase": phase, **record}, default=str) + "\n")
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         if not self.main:

@@ -1,0 +1,154 @@
+"""What a step did to each token: tokens.jsonl, with --log_tokens N.
+
+A logged step tells of the first N groups that it trained on, one line a group:
+
+    {"step": 12, "drawn": 11, "prompt": "…", "solution": "43", "completions": [
+      {"index": 4, "rewards": {"accuracy": 1.0}, "advantage": 0.87, "length": 23, "finished": true,
+       "tokens": ["<", "think", …],  what the tokens add up to is the completion's text
+       "sampled": [-0.02, …],        log-probability that it was drawn with
+       "before": [-0.02, …],         the same under the policy that the step began with
+       "after": [-0.01, …],          and under the one that it left
+       "entropy": [0.11, …],         of the policy before, in nats
+       "ratio": [1.0, …],            ρ of the objective
+       "importance": [1.0, …]}]}     what corrects for the sampler; absent where nothing does
+
+`drawn` is the step whose completions completions.jsonl has, and `index` counts them: a rollout may
+serve several steps. A completion that the step did not train on, because its advantage is 0, has
+no numbers but `sampled`. About 60 bytes a token, so N bounds what a run writes.
+
+The numbers before come from the pass that trains. Those after take one more, of these groups alone.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from run.log import records_of
+
+DIGITS = 4  # that are worth keeping of a number
+OF_A_COMPLETION = ("rewards", "advantage", "length", "finished")
+
+
+class Recorder:
+    """`keep` while a step trains, `write` when it is done. A collective call: every rank has rows of
+    the groups that are told, and rank 0 writes them.
+
+    run: train.Run. frozen_logps: (micro-batch) → log-probabilities (B, T) of the policy as it is.
+    """
+
+    def __init__(self, run, frozen_logps: Callable, max_steps: int):
+        self.run, self.frozen_logps = run, frozen_logps
+        self.groups, self.every = run.args.log_tokens, run.args.logging_steps
+        self.max_steps = max_steps
+        self.file = Path(run.args.output_dir) / "tokens.jsonl"
+        self.batch, self.drawn = None, 0  # all completions, and the step that they were drawn for
+        self.kept = []  # of each micro-batch: its completions, and what is known of their tokens
+
+    def keep(self, micro, logps: Tensor, entropies: Tensor, importance: Tensor | None) -> None:
+        """Remember a micro-batch's tensors, each (B, T), until the step is done."""
+        if not self.groups:
+            return
+        logps = logps.detach()
+        ratio = torch.exp(logps - micro.old_logps)
+        tensors = {"before": logps, "entropy": entropies.detach(), "ratio": ratio}
+        if importance is not None:
+            tensors["importance"] = importance
+        self.kept.append((micro, tensors))
+
+    def write(self, step: int, batch) -> dict[str, float]:
+        """Tell of a step that is done → the seconds that it took, as a metric. batch: all that was
+        drawn for it, and perhaps for steps behind it."""
+        kept, self.kept = self.kept, []
+        if batch is not self.batch:
+            self.batch, self.drawn = batch, step
+        logged = step % self.every == 0 or step == self.max_steps
+        if not (self.groups and logged):
+            return {}
+        started = time.perf_counter()
+        places = {id(done): i for i, done in enumerate(batch.completions)}
+        rows = {}  # of this rank: place in the batch → numbers by name
+        for micro, tensors in kept:
+            for row, done in enumerate(micro.completions):
+                length = len(done.ids)
+                numbers = {name: tensor[row, :length] for name, tensor in tensors.items()}
+                rows[places[id(done)]] = numbers
+        told = self._first_groups(rows)
+        self._add_after(rows, told)
+        self._write(step, self._everyones(rows, told), told)
+        return {"time/tokens": time.perf_counter() - started}
+
+    def _first_groups(self, rows: dict) -> list[int]:
+        """The places of all completions of the first groups that some rank trained on."""
+        G = self.run.args.num_generations
+        trained = {place // G for place in self.run.world.gather(list(rows))}
+        groups = sorted(trained)[: self.groups]
+        return [place for group in groups for place in range(group * G, (group + 1) * G)]
+
+    def _add_after(self, rows: dict, told: list[int]) -> None:
+        """Log-probabilities under the policy as the step has left it, of this rank's rows."""
+        world, size = self.run.world, self.run.args.per_device_train_batch_size
+        own = [place for place in told if place in rows]
+        counts = world.gather([len(own)])
+        # With ZeRO-3 a forward pass is a collective call: as many on every rank.
+        for first in range(0, max(counts), size):
+            part = own[first : first + size]
+            logps = self.frozen_logps(self.batch.select(part))  # (B, T)
+            for place, row in zip(part, logps):
+                rows[place]["after"] = row[: len(self.batch.completions[place].ids)]
+
+    def _everyones(self, rows: dict, told: list[int]) -> dict[int, dict[str, list]]:
+        """The ranks' rows that are told, as numbers that JSON can hold."""
+        own = []
+        for place in told:
+            if place in rows:
+                numbers = {name: rounded(values) for name, values in rows[place].items()}
+                own.append((place, numbers))
+        return dict(self.run.world.gather(own))
+
+    def _write(self, step: int, rows: dict, told: list[int]) -> None:
+        if not self.run.world.is_main:
+            return
+        G = self.run.args.num_generations
+        with self.file.open("a", encoding="utf-8") as file:
+            for first in range(0, len(told), G):
+                line = {"step": step, "drawn": self.drawn}
+                line |= self._group(told[first : first + G], rows)
+                file.write(json.dumps(line, default=str) + "\n")
+
+    def _group(self, places: list[int], rows: dict) -> dict:
+        records = records_of(self.batch.select(places), self.run)
+        group = {name: records[0][name] for name in ("prompt", "solution")}
+        group["completions"] = []
+        for place, record in zip(places, records):
+            done = self.batch.completions[place]
+            told = {name: record[name] for name in OF_A_COMPLETION}
+            told["tokens"] = pieces(self.run.tokenizer, done.ids)
+            told["sampled"] = rounded(torch.tensor(done.logps))
+            group["completions"].append({"index": place, **told, **rows.get(place, {})})
+        return group
+
+
+def rounded(values: Tensor) -> list[float | None]:
+    """Numbers to four digits; None where one is not finite."""
+    return [float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in values.tolist()]
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token, which together are the text of all. Of a character that several
+    tokens make, the last one has it, and the others are empty."""
+    texts, told, start = [], 0, 0  # tokens before `told` have their text
+    for end in range(1, len(ids) + 1):
+        # Some tokenizers leave out the space in front of the first token: so one stands in front.
+        before = tokenizer.decode(ids[start:told], skip_special_tokens=False)
+        now = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if now.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, told = told, end
+    return texts
