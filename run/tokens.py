@@ -4,7 +4,8 @@ A logged step tells of the first N groups that it trained on, one line a group:
 
     {"step": 12, "drawn": 11, "prompt": "…", "solution": "43", "completions": [
       {"index": 4, "rewards": {"accuracy": 1.0}, "advantage": 0.87, "length": 23, "finished": true,
-       "tokens": ["<", "think", …],  what the tokens add up to is the completion's text
+       "ids": [44, 13431, …],
+       "tokens": ["<", "think", …],  their texts, which add up to the completion's
        "sampled": [-0.02, …],        log-probability that it was drawn with
        "before": [-0.02, …],         the same under the policy that the step began with
        "after": [-0.01, …],          and under the one that it left
@@ -127,6 +128,7 @@ class Recorder:
         for place, record in zip(places, records):
             done = self.batch.completions[place]
             told = {name: record[name] for name in OF_A_COMPLETION}
+            told["ids"] = done.ids
             told["tokens"] = pieces(self.run.tokenizer, done.ids)
             told["sampled"] = rounded(torch.tensor(done.logps))
             group["completions"].append({"index": place, **told, **rows.get(place, {})})

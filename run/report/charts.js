@@ -49,6 +49,7 @@ function hideTip() {
 
 // Curves: thin what each step's batch told, bold the held-out points, or else a running mean.
 
+const LABELS = { zero_std_groups: "groups that teach nothing", clipped_completions: "completions cut" };
 const MARGIN = { left: 46, right: 10, top: 8, bottom: 20 };
 
 // A chart of some metrics: {title, names, wide?}. held: by name, [[step, value], …].
@@ -56,7 +57,7 @@ class Chart {
   constructor(spec, story, pick) {
     this.steps = story.metrics.step;
     this.series = spec.names.map((name, i) => ({
-      label: name.replace(/^(rewards|time)\//, ""),
+      label: LABELS[name] ?? name.replace(/^(rewards|time)\//, ""),
       color: `var(--c${i % 6})`,
       values: story.metrics[name],
       held: heldOut(story, name),
@@ -64,6 +65,7 @@ class Chart {
     this.plot = el("div", { class: "plot" });
     const caption = el("figcaption", {}, spec.title);
     if (this.series.length > 1) caption.append(...this.series.map(nameOf));
+    if (spec.note) caption.append(el("span", { class: "note" }, spec.note));
     this.node = el("figure", { class: spec.wide ? "chart wide" : "chart" }, caption, this.plot);
     new ResizeObserver(() => this.draw()).observe(this.plot);
     this.plot.addEventListener("pointermove", (event) => this.point(event));
@@ -108,7 +110,7 @@ class Chart {
     const group = svg("g");
     group.style.setProperty("--color", one.color);
     group.append(svg("path", { class: "thin", d: this.path(batch) }));
-    const bold = one.held.length ? one.held : runningMean(batch);
+    const bold = one.held.length > 1 ? one.held : runningMean(batch);
     group.append(svg("path", { class: "bold", d: this.path(bold) }));
     for (const [step, value] of one.held) {
       group.append(svg("circle", { cx: this.x(step), cy: this.y(value), r: 4 }));
@@ -184,7 +186,7 @@ function nameOf(one) {
 }
 
 function heldOut(story, name) {
-  const values = story.evaluations[`eval/${name}`] ?? [];
+  const values = (!name.startsWith("time/") && story.evaluations[`eval/${name}`]) || [];
   const points = values.map((value, i) => [story.evaluations.step[i], value]);
   return points.filter(([, value]) => value !== null);
 }

@@ -1,11 +1,24 @@
 """What a run's folder holds, read as it is: a run may still be writing."""
 
 import json
+import math
 import types
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import UsageError
+
+FLAGS = [
+    "logging_steps",
+    "max_steps",
+    "num_generations",
+    "num_train_epochs",
+    "top_k",
+    "top_p",
+]  # it needs
+LINE = {"step": int}
+COMPLETION = {"step": int, "prompt": str, "completion": str, "rewards": dict}
+TOKENS = {"step": int, "drawn": int, "prompt": str, "completions": list}
 
 
 @dataclass(frozen=True)
@@ -27,12 +40,13 @@ class Run:
         return [name for name in names if "/" not in name and name != "unscored"]
 
     @property
-    def max_steps(self) -> int | None:
-        """How many steps the run is to make, as far as its files tell."""
-        if self.args.max_steps:
-            return self.args.max_steps
+    def max_steps(self) -> int:
+        """How many steps the run is to make."""
         last = self.steps[-1]
-        return round(last["step"] / last["epoch"] * self.args.num_train_epochs) or None
+        if self.args.max_steps or not last.get("epoch"):
+            return self.args.max_steps or last["step"]
+        steps_per_epoch = last["step"] / last["epoch"]
+        return math.ceil(self.args.num_train_epochs * steps_per_epoch - 1e-6)
 
     @property
     def is_over(self) -> bool:
@@ -46,13 +60,11 @@ def read(folder: Path) -> Run:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; a run's --output_dir works")
     if not (folder / "args.json").exists():
-        raise UsageError(f"{folder}: no run's folder, for it has no args.json; an --output_dir works")
-    try:
-        args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        args = types.SimpleNamespace(**args)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{folder / 'args.json'}: is not a run's flags ({error})") from error
-    lines = read_lines(folder / "metrics.jsonl", ("step",))
+        raise UsageError(
+            f"{folder}: no run's folder, for it has no args.json; an --output_dir works"
+        )
+    args = read_flags(folder / "args.json")
+    lines = read_lines(folder / "metrics.jsonl", LINE)
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise UsageError(f"{folder}: no step in metrics.jsonl yet; --watch waits for the first")
@@ -61,14 +73,27 @@ def read(folder: Path) -> Run:
         args,
         steps,
         [line for line in lines if "loss" not in line],
-        read_lines(folder / "completions.jsonl", ("step", "prompt", "completion", "rewards")),
-        read_lines(folder / "tokens.jsonl", ("step", "drawn", "completions")),
+        read_lines(folder / "completions.jsonl", COMPLETION),
+        read_lines(folder / "tokens.jsonl", TOKENS),
     )
 
 
-def read_lines(file: Path, needed: tuple[str, ...]) -> list[dict]:
+def read_flags(file: Path) -> types.SimpleNamespace:
+    try:
+        flags = json.loads(file.read_text(encoding="utf-8"))
+        missing = [name for name in FLAGS if name not in flags]
+    except (ValueError, TypeError):
+        missing = ["JSON"]
+    if missing:
+        raise UsageError(
+            f"{file}: no run's flags, for it has no {missing[0]}; an --output_dir works"
+        )
+    return types.SimpleNamespace(**flags)
+
+
+def read_lines(file: Path, needed: dict[str, type]) -> list[dict]:
     """The objects of a jsonl file, none where there is no file. A last line without an end is still
-    being written, or a kill has cut it, and is left out. needed: names that each object has."""
+    being written, or a kill has cut it, and is left out. needed: what each object has, by name."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -79,12 +104,15 @@ def read_lines(file: Path, needed: tuple[str, ...]) -> list[dict]:
             continue
         try:
             found = json.loads(line, parse_constant=lambda _: None)  # NaN: JSON has none
-            missing = [name for name in needed if name not in found]
+            missing = [name for name, kind in needed.items() if not isinstance(found[name], kind)]
         except (ValueError, TypeError):
-            missing = ["JSON"]
+            missing = ["JSON object"]
+        except KeyError as error:
+            missing = [error.args[0]]
         if missing:
             raise UsageError(
-                f"{file}: line {number} is broken: it has no {missing[0]}; without it the rest works"
+                f"{file}: line {number} is broken, for it has no {missing[0]}; without the line the "
+                "rest works"
             )
         objects.append(found)
     return objects

@@ -3,20 +3,26 @@
 const byId = (id) => document.getElementById(id);
 const story = JSON.parse(byId("story").textContent);
 const CROWD = 24; // groups that are shown before one asks for more
+const THUMB = 8; // half the slider's thumb, in pixels
 
 const CHARTS = [
-  { title: "Rewards", wide: true, names: story.rewards.map((name) => `rewards/${name}`) },
+  {
+    title: "Rewards",
+    wide: true,
+    names: story.rewards.map((name) => `rewards/${name}`),
+    note: "dots: held-out questions · thin: each step's batch",
+  },
   { title: "Tokens in a completion", names: ["completion_length"] },
-  { title: "Groups that teach nothing, completions cut", names: ["zero_std_groups", "clipped_completions"] },
+  { title: "Shares", names: ["zero_std_groups", "clipped_completions"] },
   { title: "Entropy", names: ["entropy"] },
   { title: "KL to the reference", names: ["kl"] },
   { title: "Norm of the gradient", names: ["grad_norm"] },
-  { title: "Sampler beside trainer, log-probabilities", names: ["sampler/logp_diff"] },
-  { title: "Seconds of a step", names: ["time/step", "time/generate", "time/train", "time/reward"] },
+  { title: "|sampler − trainer| of log π", names: ["sampler/logp_diff"] },
+  { title: "Seconds", names: ["time/step", "time/generate", "time/train", "time/reward"] },
 ];
 
 // What is chosen. It stands in the address, behind #, so that a reload or a link finds it again.
-const state = { step: null, phase: "train", which: "all", measure: "change", query: "" };
+const state = { step: null, phase: "train", which: "all", measure: "change", query: "", theme: "" };
 const charts = [];
 
 function readAddress() {
@@ -24,10 +30,13 @@ function readAddress() {
     if (name in state) state[name] = name === "step" ? Number(value) : value;
   }
   if (!(state.measure in MEASURES)) state.measure = "change";
+  if (state.theme) document.documentElement.dataset.theme = state.theme;
 }
 
 function writeAddress() {
   const said = Object.entries(state).filter(([, value]) => value !== null && value !== "");
+  const isLast = state.step === steps.at(-1)?.step; // which a reload finds again, or a newer one
+  if (isLast) said.shift();
   history.replaceState(null, "", `#${new URLSearchParams(said)}`);
 }
 
@@ -37,6 +46,7 @@ function showTop() {
   const { flags, metrics } = story;
   const model = String(flags.model).split("/").at(-1);
   const about = [model, flags.train_type, [flags.dataset].flat().join(" "), `G ${flags.num_generations}`];
+  about.push(story.is_over ? "finished" : "not finished");
   byId("name").textContent = story.name;
   byId("about").textContent = about.join(" · ");
 
@@ -48,7 +58,7 @@ function showTop() {
   addTile("steps", number(step), left ? `of ${number(story.max_steps)}` : "");
   addTile("time", clock(seconds), left ? `${clock((seconds / step) * left)} left` : "");
   addTile("tokens", number(metrics.num_tokens.at(-1)), "");
-  addTile("tokens a completion", ...arrow(metrics.completion_length));
+  if (metrics.completion_length) addTile("tokens a completion", ...arrow(metrics.completion_length));
 }
 
 function addReward(name) {
@@ -63,8 +73,8 @@ function arrow(values) {
 }
 
 function addTile(name, value, beside) {
-  const shown = el("b", {}, value, " ", el("small", {}, beside));
-  byId("tiles").append(el("div", { class: "tile" }, el("small", {}, name), shown));
+  const lines = [el("small", {}, name), el("b", {}, value), el("small", {}, beside)];
+  byId("tiles").append(el("div", { class: "tile" }, ...lines));
 }
 
 function sum(values) {
@@ -127,10 +137,8 @@ function choosePhase() {
   steps = has(state.phase);
   byId("phase").disabled = !has("train").length || !has("eval").length;
   byId("slider").max = Math.max(0, steps.length - 1);
-  const wanted = state.step;
   if (!steps.length) show();
-  else pick(wanted ?? steps.at(-1).step);
-  state.follows = wanted === null;
+  else pick(state.step ?? steps.at(-1).step);
 }
 
 function matches(completion) {
@@ -261,12 +269,13 @@ function showStrip(at) {
   });
   const low = Math.min(0, ...values);
   const high = Math.max(...values, low + 1e-9);
-  const width = 100 / steps.length;
+  const room = byId("strip").clientWidth - 2 * THUMB;
+  const width = Math.min(14, Math.max(1, (0.8 * room) / steps.length));
   const bars = values.map((value, i) => {
-    const height = Math.max(4, (96 * (value - low)) / (high - low));
-    const box = { x: `${i * width}%`, width: `${width * 0.8}%`, y: `${100 - height}%`, height: `${height}%` };
+    const height = Math.max(1, (29 * (value - low)) / (high - low));
+    const middle = THUMB + (room * i) / Math.max(1, steps.length - 1);
     const kind = i === at ? "here" : state.query && value ? "found" : "";
-    return svg("rect", { ...box, class: kind });
+    return svg("rect", { x: middle - width / 2, width, y: 30 - height, height, class: kind });
   });
   byId("strip").replaceChildren(...bars);
 }
@@ -279,7 +288,8 @@ function listen() {
   byId("later").addEventListener("click", () => pick(steps[current() + 1].step));
   byId("strip").addEventListener("click", (event) => {
     const box = byId("strip").getBoundingClientRect();
-    const at = Math.floor(((event.clientX - box.left) / box.width) * steps.length);
+    const share = (event.clientX - box.left - THUMB) / (box.width - 2 * THUMB);
+    const at = Math.round(share * (steps.length - 1));
     pick(steps[Math.min(Math.max(at, 0), steps.length - 1)].step);
   });
   byId("search").addEventListener("input", (event) => {
@@ -301,10 +311,10 @@ function listen() {
     show();
   });
   byId("theme").addEventListener("click", () => {
-    const dark = getComputedStyle(document.documentElement).colorScheme === "dark";
-    const asked = matchMedia("(prefers-color-scheme: dark)").matches;
-    const now = document.documentElement.dataset.theme ?? (asked ? "dark" : "light");
-    document.documentElement.dataset.theme = now === "dark" || dark ? "light" : "dark";
+    const asked = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    state.theme = (state.theme || asked) === "dark" ? "light" : "dark";
+    document.documentElement.dataset.theme = state.theme;
+    writeAddress();
   });
   // A pointer over a token, or a finger on it.
   for (const kind of ["pointerover", "click"]) {
@@ -316,6 +326,7 @@ function listen() {
   }
   byId("groups").addEventListener("pointerleave", hideTip);
   addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("resize", () => steps.length && showStrip(current()));
 }
 
 // While a run goes on, the page looks for news, but not under the hands of a reader.

@@ -17,7 +17,7 @@ from run.health import Health
 from run.report.folder import Run
 
 LARGEST = 24_000_000  # bytes of completions in a page; beyond, only some steps have theirs
-OF_A_TOKEN = ("tokens", "sampled", "before", "after", "entropy", "ratio", "importance")
+OF_A_TOKEN = ("tokens", "ids", "sampled", "before", "after", "entropy", "ratio", "importance")
 
 
 def story(run: Run, refresh: float = 0.0) -> dict:
@@ -48,8 +48,10 @@ def columns(lines: list[dict]) -> dict[str, list]:
 
 
 def short(value):
-    """A number to six digits."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    """A number to six digits; None for what is none."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return value if isinstance(value, int) else None
 
 
 def health(run: Run) -> list[dict]:
@@ -72,8 +74,9 @@ def steps_of(run: Run) -> list[dict]:
     for record in run.completions:
         by_kind[record["step"], record.get("phase", "train")].append(record)
     for (step, phase), records in by_kind.items():
-        flag = "num_generations" if phase == "train" else "num_generations_eval"
-        G = getattr(run.args, flag) or run.args.num_generations
+        G = run.args.num_generations
+        if phase == "eval":
+            G = getattr(run.args, "num_generations_eval", None) or G
         for first in range(0, len(records), G):
             group = group_of(records[first : first + G], run.rewards)
             steps[step][phase].append(group)

@@ -101,14 +101,14 @@ function numbersOf({ completion, i }) {
   const change = difference(at("after"), at("before"));
   const weight = difference(at("before"), at("sampled"));
   const rows = [
-    ["token", `${i + 1} of ${numbers.tokens.length}`],
+    ["token", `${i + 1} of ${numbers.tokens.length}, id ${at("ids")}`],
     ["advantage", number(completion.advantage)],
     ["log π when drawn", number(at("sampled"))],
     ["log π before the step", number(at("before"))],
     ["log π after it", number(at("after"))],
   ];
   if (change !== null) rows.push(["change", `${change >= 0 ? "+" : ""}${number(change)}`]);
-  if (change !== null) rows.push(["so likely as before", `× ${number(Math.exp(change))}`]);
+  if (change !== null) rows.push(["π after / before", `× ${number(Math.exp(change))}`]);
   rows.push(["entropy", number(at("entropy"))]);
   if (weight !== null) rows.push(["importance weight", number(Math.exp(weight))]);
   rows.push(["ρ in the objective", number(at("ratio"))]);
