@@ -21,6 +21,8 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     fingerprint.py  whether two have the same weights
     watch.py        ranks meet, and notice when one is lost
     log.py          metrics, completions, progress
+    tokens.py       what a step did to each token
+    report/         a page to look at
     checkpoints.py  save, prune, resume
     plan.py         what a run takes, before it is paid for
 """

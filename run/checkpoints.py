@@ -1,7 +1,7 @@
 """What a run leaves behind and goes on from: its folder and its checkpoints.
 
     output/
-      args.json  metrics.jsonl  completions.jsonl
+      args.json  metrics.jsonl  completions.jsonl  tokens.jsonl
       checkpoint-<step>/    model or adapter, tokenizer, optimizer.safetensors, trainer_state.json
       earlier-<n>/          what an earlier run left in this folder
 
@@ -33,7 +33,7 @@ from data import UsageError, one_line
 # Flags that may change from a run to the one that resumes it without a word.
 NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
 NOT_THE_RUN |= {"save_total_limit", "dataset_num_proc"}
-OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs")
+OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs", "report.html", "curve.png")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ DEMO = (
     "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 "
     "--learning_rate 3e-4 --lr_scheduler_type linear --beta 0 --num_generations 4 "
     "--temperature 1.0 --max_completion_length 32 --max_steps 140 --log_completions true "
+    "--log_tokens 2 "
     "--num_generations_eval 1 --eval_on_start true --eval_steps 28"
 )
 

@@ -36,8 +36,8 @@ OF_A_COMPLETION = ("rewards", "advantage", "length", "finished")
 
 
 class Recorder:
-    """`keep` while a step trains, `write` when it is done. A collective call: every rank has rows of
-    the groups that are told, and rank 0 writes them.
+    """`keep` while a step trains, `write` when it is done, a collective call: any rank may have
+    trained on a part of a group, and rank 0 writes.
 
     run: train.Run. frozen_logps: (micro-batch) → log-probabilities (B, T) of the policy as it is.
     """
@@ -78,50 +78,54 @@ class Recorder:
                 length = len(done.ids)
                 numbers = {name: tensor[row, :length] for name, tensor in tensors.items()}
                 rows[places[id(done)]] = numbers
-        told = self._first_groups(rows)
-        self._add_after(rows, told)
-        self._write(step, self._everyones(rows, told), told)
+        groups, trained = self._first_groups(rows)
+        numbers = self._everyones({place: rows[place] for place in trained if place in rows})
+        for place, values in self._everyones(self._after(trained)).items():
+            numbers[place] |= values
+        self._write(step, numbers, groups)
         return {"time/tokens": time.perf_counter() - started}
 
-    def _first_groups(self, rows: dict) -> list[int]:
-        """The places of all completions of the first groups that some rank trained on."""
+    def _first_groups(self, rows: dict) -> tuple[list[int], list[int]]:
+        """The first groups that some rank trained on, and the places of their completions that were
+        trained on."""
         G = self.run.args.num_generations
-        trained = {place // G for place in self.run.world.gather(list(rows))}
-        groups = sorted(trained)[: self.groups]
-        return [place for group in groups for place in range(group * G, (group + 1) * G)]
+        trained = sorted(self.run.world.gather(list(rows)))
+        groups = list(dict.fromkeys(place // G for place in trained))[: self.groups]
+        return groups, [place for place in trained if place // G in groups]
 
-    def _add_after(self, rows: dict, told: list[int]) -> None:
-        """Log-probabilities under the policy as the step has left it, of this rank's rows."""
+    def _after(self, places: list[int]) -> dict[int, dict[str, Tensor]]:
+        """Log-probabilities under the policy as the step has left it, of this rank's part."""
         world, size = self.run.world, self.run.args.per_device_train_batch_size
-        own = [place for place in told if place in rows]
-        counts = world.gather([len(own)])
+        own = [places[i] for i in world.part_of(len(places))]
+        longest = math.ceil(len(places) / world.size)
+        found = {}
         # With ZeRO-3 a forward pass is a collective call: as many on every rank.
-        for first in range(0, max(counts), size):
+        for first in range(0, longest, size):
             part = own[first : first + size]
             logps = self.frozen_logps(self.batch.select(part))  # (B, T)
             for place, row in zip(part, logps):
-                rows[place]["after"] = row[: len(self.batch.completions[place].ids)]
+                found[place] = {"after": row[: len(self.batch.completions[place].ids)]}
+        return found
 
-    def _everyones(self, rows: dict, told: list[int]) -> dict[int, dict[str, list]]:
-        """The ranks' rows that are told, as numbers that JSON can hold."""
+    def _everyones(self, rows: dict) -> dict[int, dict[str, list]]:
+        """The ranks' rows, as numbers that JSON can hold."""
         own = []
-        for place in told:
-            if place in rows:
-                numbers = {name: rounded(values) for name, values in rows[place].items()}
-                own.append((place, numbers))
+        for place, tensors in rows.items():
+            numbers = {name: rounded(values) for name, values in tensors.items()}
+            own.append((place, numbers))
         return dict(self.run.world.gather(own))
 
-    def _write(self, step: int, rows: dict, told: list[int]) -> None:
+    def _write(self, step: int, numbers: dict, groups: list[int]) -> None:
         if not self.run.world.is_main:
             return
         G = self.run.args.num_generations
         with self.file.open("a", encoding="utf-8") as file:
-            for first in range(0, len(told), G):
+            for group in groups:
                 line = {"step": step, "drawn": self.drawn}
-                line |= self._group(told[first : first + G], rows)
+                line |= self._group(range(group * G, (group + 1) * G), numbers)
                 file.write(json.dumps(line, default=str) + "\n")
 
-    def _group(self, places: list[int], rows: dict) -> dict:
+    def _group(self, places: range, numbers: dict) -> dict:
         records = records_of(self.batch.select(places), self.run)
         group = {name: records[0][name] for name in ("prompt", "solution")}
         group["completions"] = []
@@ -131,7 +135,7 @@ class Recorder:
             told["ids"] = done.ids
             told["tokens"] = pieces(self.run.tokenizer, done.ids)
             told["sampled"] = rounded(torch.tensor(done.logps))
-            group["completions"].append({"index": place, **told, **rows.get(place, {})})
+            group["completions"].append({"index": place, **told, **numbers.get(place, {})})
         return group
 
 
