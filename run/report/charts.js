@@ -95,7 +95,7 @@ class Chart {
         svg("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, number(tick)),
       );
     }
-    for (const step of [first, Math.round((first + last) / 2), last]) {
+    for (const step of new Set([first, Math.round((first + last) / 2), last])) {
       const anchor = step === first ? "start" : step === last ? "end" : "middle";
       this.canvas.append(svg("text", { x: this.x(step), y: height - 5, "text-anchor": anchor }, step));
     }
@@ -202,8 +202,8 @@ function runningMean(points) {
 
 // Three to six round numbers that hold all values between them; 0 is one of them where it is near.
 function niceTicks(values) {
-  let low = Math.min(...values);
-  let high = Math.max(...values);
+  let low = values.reduce((a, b) => Math.min(a, b));
+  let high = values.reduce((a, b) => Math.max(a, b));
   if (low > 0 && low < high / 2) low = 0;
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
   const rough = (high - low) / 4;

@@ -2,7 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 const story = JSON.parse(byId("story").textContent);
-const CROWD = 24; // groups that are shown before one asks for more
+const CROWD = 12; // groups that are shown before one asks for more
 const THUMB = 8; // half the slider's thumb, in pixels
 
 const CHARTS = [
@@ -30,6 +30,7 @@ function readAddress() {
     if (name in state) state[name] = name === "step" ? Number(value) : value;
   }
   if (!(state.measure in MEASURES)) state.measure = "change";
+  if (state.phase !== "eval") state.phase = "train";
   if (state.theme) document.documentElement.dataset.theme = state.theme;
 }
 
@@ -210,7 +211,7 @@ function tellOf(step, groups, measure) {
   const what = state.phase === "eval" ? "questions" : "groups";
   const told = [`${groups.length === all.length ? "" : `${groups.length} of `}${all.length} ${what}`];
   if (state.query) {
-    const where = steps.filter((one) => one[state.phase].some(found)).length;
+    const where = stripValues().filter((count) => count).length;
     told.push(`“${state.query}” is in ${where} of ${steps.length} steps`);
   }
   const recorded = all.filter(hasTokens).length;
@@ -259,14 +260,26 @@ function completionOf(completion, measure, scale, asked) {
   return el("div", { class: `completion${side}${apart}` }, earned, text);
 }
 
-// Above the slider: each step's mean reward, or how many groups have what is searched for.
+const strip = { of: null, values: [] }; // what was reckoned last, and what for
+
+// Of each step its mean reward, or how many groups have what is searched for.
+function stripValues() {
+  const of = `${state.phase} ${state.query}`;
+  if (strip.of !== of) {
+    strip.of = of;
+    strip.values = steps.map((one) => {
+      const groups = one[state.phase];
+      if (state.query) return groups.filter(found).length;
+      const rewards = groups.flatMap((group) => group.completions.map(totalReward));
+      return sum(rewards) / rewards.length;
+    });
+  }
+  return strip.values;
+}
+
+// These as bars above the slider.
 function showStrip(at) {
-  const values = steps.map((one) => {
-    const groups = one[state.phase];
-    if (state.query) return groups.filter(found).length;
-    const rewards = groups.flatMap((group) => group.completions.map(totalReward));
-    return sum(rewards) / rewards.length;
-  });
+  const values = stripValues();
   const low = Math.min(0, ...values);
   const high = Math.max(...values, low + 1e-9);
   const room = byId("strip").clientWidth - 2 * THUMB;
