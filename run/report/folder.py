@@ -9,7 +9,6 @@ from pathlib import Path
 from data import UsageError
 
 FLAGS = [
-    "logging_steps",
     "max_steps",
     "num_generations",
     "num_train_epochs",
@@ -47,6 +46,15 @@ class Run:
             return self.args.max_steps or last["step"]
         steps_per_epoch = last["step"] / last["epoch"]
         return math.ceil(self.args.num_train_epochs * steps_per_epoch - 1e-6)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, evaluations apart: a line tells the mean of those since the one before."""
+        whole, before = 0.0, 0
+        for line in self.steps:
+            whole += (line["step"] - before) * (line.get("time/step") or 0.0)
+            before = line["step"]
+        return whole
 
     @property
     def is_over(self) -> bool:

@@ -51,7 +51,7 @@ function showTop() {
   byId("name").textContent = story.name;
   byId("about").textContent = about.join(" · ");
 
-  const seconds = sum(metrics["time/step"] ?? []) * (flags.logging_steps ?? 1);
+  const seconds = story.seconds;
   const step = metrics.step.at(-1);
   const left = Math.max(0, story.max_steps - step);
   for (const name of story.rewards) addReward(name);

@@ -36,6 +36,7 @@ def story(run: Run, refresh: float = 0.0) -> dict:
         "steps": kept,
         "steps_left_out": len(steps) - len(kept),
         "max_steps": run.max_steps,
+        "seconds": run.seconds,
         "is_over": run.is_over,
         "refresh": refresh,
     }

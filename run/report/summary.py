@@ -44,7 +44,7 @@ def results(run: Run) -> list[str]:
             (_, first), (_, last) = points[0], points[-1]
             lines.append(f"{name} on held-out questions: {first:.1%} before, {last:.1%} after")
     last = run.steps[-1]
-    minutes = sum(step["time/step"] for step in run.steps) * run.args.logging_steps / 60
+    minutes = run.seconds / 60
     lines.append(f"{last['step']} steps in {minutes:.1f} minutes, {last['num_tokens']:,} tokens")
     return lines
 

@@ -64,7 +64,7 @@ def make_run(path, steps=4):
     path.mkdir()
     flags = {"model": "</title><script>window.hacked = 1</script>", "dataset": ["sums"]}
     flags |= {"max_steps": 6, "num_train_epochs": 1.0, "num_generations": 2, "reward_weights": None}
-    flags |= {"num_generations_eval": 1, "top_p": 1.0, "top_k": 0, "logging_steps": 1}
+    flags |= {"num_generations_eval": 1, "top_p": 1.0, "top_k": 0}
     (path / "args.json").write_text(json.dumps(flags | {"train_type": "lora"}))
     records, tokens = [], []
     for step in range(1, steps + 1):
