@@ -111,7 +111,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards, inputs.opening, silent)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
-    recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), max_steps)
+    recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells)
     if args.eval_on_start and progress.step == 0:
         evaluate(run, inputs.val_rows, 0, journal)
 

@@ -163,6 +163,10 @@ class Log:
         settings = {"desc": "GRPO", "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(total=self.max_steps, initial=step, **settings)
 
+    def tells(self, step: int) -> bool:
+        """Whether a step has a line in metrics.jsonl."""
+        return step % self.every == 0 or step == self.max_steps
+
     def step(self, progress, learning_rate: float, metrics: dict[str, float]) -> None:
         """A step is done. metrics: what is told as a mean over the steps of a line."""
         step = progress.step
@@ -173,7 +177,7 @@ class Log:
             shown = {"reward": f"{metrics['reward']:.3f}", "loss": f"{metrics['loss']:.4f}"}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        if step % self.every == 0 or step == self.max_steps:
+        if self.tells(step):
             line = {"step": step, "epoch": step / self.steps_per_epoch}
             line |= {"learning_rate": learning_rate, "num_tokens": progress.num_tokens}
             line |= weighted_mean([(1, metrics) for metrics in progress.unlogged])

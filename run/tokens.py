@@ -40,12 +40,12 @@ class Recorder:
     trained on a part of a group, and rank 0 writes.
 
     run: train.Run. frozen_logps: (micro-batch) → log-probabilities (B, T) of the policy as it is.
+    tells: (step) → whether it is logged.
     """
 
-    def __init__(self, run, frozen_logps: Callable, max_steps: int):
-        self.run, self.frozen_logps = run, frozen_logps
-        self.groups, self.every = run.args.log_tokens, run.args.logging_steps
-        self.max_steps = max_steps
+    def __init__(self, run, frozen_logps: Callable, tells: Callable):
+        self.run, self.frozen_logps, self.tells = run, frozen_logps, tells
+        self.groups = run.args.log_tokens
         self.file = Path(run.args.output_dir) / "tokens.jsonl"
         self.batch, self.drawn = None, 0  # all completions, and the step that they were drawn for
         self.kept = []  # of each micro-batch: its completions, and what is known of their tokens
@@ -67,8 +67,7 @@ class Recorder:
         kept, self.kept = self.kept, []
         if batch is not self.batch:
             self.batch, self.drawn = batch, step
-        logged = step % self.every == 0 or step == self.max_steps
-        if not (self.groups and logged):
+        if not (self.groups and self.tells(step)):
             return {}
         started = time.perf_counter()
         places = {id(done): i for i, done in enumerate(batch.completions)}
