@@ -44,12 +44,9 @@ function writeAddress() {
 // What was reached -------------------------------------------------------------------------------
 
 function showTop() {
-  const { flags, metrics } = story;
-  const model = String(flags.model).split("/").at(-1);
-  const about = [model, flags.train_type, [flags.dataset].flat().join(" "), `G ${flags.num_generations}`];
-  about.push(story.is_over ? "finished" : "not finished");
+  const { metrics } = story;
   byId("name").textContent = story.name;
-  byId("about").textContent = about.join(" · ");
+  byId("about").textContent = [...story.about, story.is_over ? "finished" : "not finished"].join(" · ");
 
   const seconds = story.seconds;
   const step = metrics.step.at(-1);
@@ -237,7 +234,7 @@ function groupOf(group, measure, scale) {
 }
 
 function totalReward(completion) {
-  const weights = story.flags.reward_weights ?? [];
+  const weights = story.reward_weights ?? [];
   return sum(completion.rewards.map((value, i) => (value ?? 0) * (weights[i] ?? 1)));
 }
 

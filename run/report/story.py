@@ -1,6 +1,6 @@
 """What the page shows, put together from a run's files: steps, their groups, their completions.
 
-    {"name", "flags", "metrics", "evaluations", "rewards", "health", "steps", …}
+    {"name", "about", "metrics", "evaluations", "rewards", "health", "steps", …}
     step         {"step", "train": [group], "eval": [group]}
     group        {"question", "solution", "completions": [completion]}
     completion   {"text", "rewards": [by function], "advantage", "length", "finished", "tokens"?}
@@ -27,7 +27,8 @@ def story(run: Run, refresh: float = 0.0) -> dict:
     kept = thin(steps, LARGEST)
     return {
         "name": run.folder.resolve().name,
-        "flags": vars(run.args),
+        "about": about(run),
+        "reward_weights": getattr(run.args, "reward_weights", None),
         "metrics": columns(run.steps),
         "evaluations": columns(run.evaluations),
         "rewards": run.rewards,
@@ -40,6 +41,15 @@ def story(run: Run, refresh: float = 0.0) -> dict:
         "is_over": run.is_over,
         "refresh": refresh,
     }
+
+
+def about(run: Run) -> list[str]:
+    """What was trained, on what. Names alone: a page that is sent on tells no folders."""
+    flags = vars(run.args)
+    datasets = flags.get("dataset") or []
+    parts = [flags.get("model"), *datasets]
+    told = [str(part).rstrip("/").split("/")[-1] for part in parts if part]
+    return [*told, str(flags.get("train_type", "")), f"{run.args.num_generations} in a group"]
 
 
 def columns(lines: list[dict]) -> dict[str, list]:
