@@ -13,7 +13,7 @@ SEVEN := $(wildcard tests/test_*.py)
 
 demo: model            ## train the embedded model for real, on any machine
 	$(PY) -m run.launch --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
-	$(PY) examples/report.py output/demo
+	$(PY) -m run.report output/demo
 
 model: install         ## put the embedded model on disk
 	$(PY) models/embedded.py

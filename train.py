@@ -38,6 +38,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy
@@ -62,6 +63,7 @@ from run import (
     placement,
     plan,
     session,
+    tokens,
 )
 from sampler import Completion, ModelSampler, Sampler, VLLMSampler
 
@@ -144,6 +146,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards, inputs.opening, silent)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
+    recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells)
     if args.eval_on_start and progress.step == 0:
         evaluate(run, inputs.val_rows, 0, journal)
 
@@ -185,6 +188,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 if micro.old_logps is None:
                     # The policy of the first update is the one that sampled: no pass of its own.
                     micro.old_logps = logps.detach()
+                importance = importance_of(args, micro, mask)
                 loss, parts = grpo.grpo_loss(
                     logps,
                     entropies,
@@ -192,13 +196,14 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                     micro.ref_logps,
                     micro.advantages,
                     mask,
-                    importance_of(args, micro, mask),
+                    importance,
                     least_entropy,
                     options=args,
                     normalizers=step.normalizers,
                 )
                 # Gradients add up over micro-batches and ranks; the loss is divided for that.
                 optimizer.backward(loss)
+                recorder.keep(micro, logps, entropies, importance)
                 for name in ("entropy", "ratio/mean"):  # of those alone that are trained on
                     parts[name] *= N / step.num_trained
                 tally.add(parts)
@@ -212,6 +217,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             metrics |= tally.over(world) | drift.metrics(args, world, step.micro_batches)
             metrics |= {"grad_norm": grad_norm, "time/comm": waits.seconds()}
             metrics["time/train"] = time.perf_counter() - training
+            metrics |= recorder.write(progress.step, rollout)
             metrics["time/step"] = time.perf_counter() - started
             journal.step(progress, learning_rate, metrics)
             metrics = log.later_in_the_batch(metrics)
@@ -259,7 +265,7 @@ class Run:
 class Batch:
     """N completions, the G of a group side by side, and what is known of each."""
 
-    prompt_ids: list[list[int]]
+    rows: list[dict]  # of the dataset, one for each completion
     completions: list[Completion]  # their tokens, and the log-probabilities they were drawn with
     scores: list[list[float | None]]  # by each reward function; None where it does not apply
     rewards: Tensor  # (N,) their weighted sums
@@ -267,6 +273,10 @@ class Batch:
     metrics: dict[str, float]  # of drawing it
     old_logps: Tensor | None = None  # (N, T) of the policy that sampled, in a micro-batch
     ref_logps: Tensor | None = None  # (N, T) of the reference
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [row["prompt_ids"] for row in self.rows]
 
     @property
     def completion_ids(self) -> list[list[int]]:
@@ -290,7 +300,7 @@ class Batch:
     def select(self, rows: list[int]) -> "Batch":
         """Some of the completions, as a batch."""
         return Batch(
-            [self.prompt_ids[i] for i in rows],
+            [self.rows[i] for i in rows],
             [self.completions[i] for i in rows],
             [self.scores[i] for i in rows],
             self.rewards[rows],
@@ -309,7 +319,7 @@ class Batch:
         for name, value in other.metrics.items():
             metrics[name] = metrics.get(name, 0) + value
         return Batch(
-            self.prompt_ids + other.prompt_ids,
+            self.rows + other.rows,
             self.completions + other.completions,
             self.scores + other.scores,
             torch.cat([self.rewards, other.rewards]),
@@ -371,15 +381,15 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
 
     # Score. A group may lie across ranks, so every rank needs to know all.
     scores = score(run, own, completions, step)
-    together = world.gather(list(zip(prompt_ids, completions, scores)))
-    prompt_ids, completions, scores = (list(column) for column in zip(*together))
+    together = world.gather(list(zip(completions, scores)))
+    completions, scores = (list(column) for column in zip(*together))
     rewards = torch.tensor(total(scores, run.rewards.weights))  # (N,)
     scored = time.perf_counter()
 
     metrics = world.sum(run.rewards.metrics()) | run.sampler.metrics
     metrics["time/generate"] = sampled - started - metrics.get("time/sync", 0.0)
     metrics["time/reward"] = scored - sampled
-    batch = Batch(prompt_ids, completions, scores, rewards, torch.zeros(N), metrics)
+    batch = Batch(everyone, completions, scores, rewards, torch.zeros(N), metrics)
 
     # Compare. Evaluations may draw single completions.
     if num_generations > 1:
@@ -540,6 +550,7 @@ def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
         part = rows[first : first + prompts_at_once]
         batch = draw(run, part, G, EVALUATION + first, step)
         metrics = log.metrics_of(batch, run.rewards.names)
+        journal.completions(step, batch, run, phase="eval")
         parts.append((len(batch.completions), metrics))
     if parts:
         journal.evaluation(step, log.weighted_mean(parts))

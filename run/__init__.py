@@ -26,6 +26,8 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     lines.py        metrics.jsonl: whole lines, whatever happens
     log.py          metrics, completions, progress
     folder.py       a run's folder: one run at a time, which checkpoints are whole
+    tokens.py       what a step did to each token
+    report/         a page to look at
     checkpoints.py  save, prune, resume
     plan.py         what a run takes, before it is paid for
 """

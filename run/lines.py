@@ -23,7 +23,7 @@ class Lines:
 
     def write(self, objects: list[dict]) -> str | None:
         """Append objects. Returns a line to tell, the first time that it cannot."""
-        self.waiting += [json.dumps(thing) + "\n" for thing in objects]
+        self.waiting += [json.dumps(thing, default=str) + "\n" for thing in objects]
         del self.waiting[:-MOST_KEPT]
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,8 @@ class Options:
     logging_steps: Annotated[
         int, "log the means of so many steps; the first by itself", "from 1"
     ] = 1
-    log_completions: Annotated[bool, "write completions.jsonl, or a W&B table"] = False
+    log_completions: Annotated[bool, "write completions.jsonl, and a W&B table"] = False
+    log_tokens: Annotated[int, "groups a logged step to write tokens.jsonl of", "from 0"] = 0
     report_to: Annotated[list[Literal["none", "tensorboard", "wandb"]], "besides metrics.jsonl"] = (
         "none",
     )
@@ -81,15 +82,16 @@ def metrics_of(batch, names: list[str]) -> dict[str, float]:
 
 def records_of(batch, run) -> list[dict]:
     """What completions.jsonl tells of each completion of a batch."""
-    columns = [
-        run.tokenizer.batch_decode(batch.prompt_ids),
-        run.texts(batch.completions),
-        [dict(zip(run.rewards.names, row)) for row in batch.scores],
-        batch.advantages.tolist(),
-    ]
-    return [
-        dict(zip(("prompt", "completion", "rewards", "advantage"), row)) for row in zip(*columns)
-    ]
+    columns = {
+        "prompt": run.tokenizer.batch_decode(batch.prompt_ids),
+        "completion": run.texts(batch.completions),
+        "rewards": [dict(zip(run.rewards.names, row)) for row in batch.scores],
+        "advantage": batch.advantages.tolist(),
+        "solution": [row["solution"] for row in batch.rows],
+        "length": [len(ids) for ids in batch.completion_ids],
+        "finished": [completion.finished for completion in batch.completions],
+    }
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 class Tally:
@@ -184,7 +186,11 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project="grpo", config=vars(args), dir=str(self.folder))
-        for lines in (self.metrics_file, self.completions_file):
+        for lines in (
+            self.metrics_file,
+            self.completions_file,
+            Lines(self.folder / "tokens.jsonl"),
+        ):
             note = cut_after(lines.file, step)
             if note:
                 print(note, flush=True)
@@ -198,6 +204,10 @@ class Log:
         """Whether the run is to end behind this step: the same on all ranks."""
         return bool(wish.agreed)
 
+    def tells(self, step: int) -> bool:
+        """Whether a step has a line in metrics.jsonl."""
+        return step == 1 or step % self.every == 0 or step == self.max_steps
+
     def step(self, progress, learning_rate: float, metrics: dict[str, float]) -> None:
         """A step is done. metrics: what is told as a mean over the steps of a line."""
         step = progress.step
@@ -208,7 +218,7 @@ class Log:
             shown = {"reward": f"{metrics['reward']:.3f}", "loss": f"{metrics['loss']:.4f}"}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-        if step == 1 or step % self.every == 0 or step == self.max_steps:
+        if self.tells(step):
             line = {"step": step, "epoch": step / self.steps_per_epoch}
             line |= {"learning_rate": learning_rate, "num_tokens": progress.num_tokens}
             line |= self._speed(progress)
@@ -232,21 +242,24 @@ class Log:
             told = ", ".join(f"eval/{name} {metrics[name]:.3f}" for name in shown)
             self.bar.write(f"step {step}: {told}")
 
-    def completions(self, step: int, batch, run) -> None:
-        """Tell what was sampled for a step, with --log_completions."""
+    def completions(self, step: int, batch, run, phase: str = "train") -> None:
+        """Tell what was sampled for a step, or in an evaluation, with --log_completions."""
         if not (self.main and self.tells_completions):
             return
         names = run.rewards.names
         records = records_of(batch, run)
+        if phase == "eval" and run.args.num_generations_eval == 1:
+            records = [record | {"advantage": None} for record in records]
         if self.wandb:
             import wandb
 
             table = wandb.Table(columns=["prompt", "completion", "advantage", *names])
             for r in records:
                 table.add_data(r["prompt"], r["completion"], r["advantage"], *r["rewards"].values())
-            self.wandb.log({"completions": table}, step=step)
-            return
-        self._append(self.completions_file, [{"step": step, **record} for record in records])
+            name = "completions" if phase == "train" else "eval/completions"
+            self.wandb.log({name: table}, step=step)
+        told = [{"step": step, "phase": phase, **record} for record in records]
+        self._append(self.completions_file, told)
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         if not self.main:

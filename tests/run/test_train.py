@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import random
+import re
 import sys
 import types
 
@@ -98,8 +99,21 @@ def test_metrics_and_completions_are_those_of_the_spec(model_folder, plugin, tmp
     records = [
         json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()
     ]
+    held_out = [r for r in records if r["phase"] == "eval"]
+    assert {r["step"] for r in held_out} == {2, 4}
+    for name in ("vowels", "format"):
+        last = [r["rewards"][name] for r in held_out if r["step"] == 4]
+        assert sum(last) / len(last) == pytest.approx(evaluations[1][f"eval/rewards/{name}"])
+    records = [r for r in records if r["phase"] == "train"]
     assert len(records) == 2 * 16 and {r["step"] for r in records} == {1, 3}
-    assert set(records[0]) == {"step", "prompt", "completion", "rewards", "advantage"}
+    told = "step phase prompt completion rewards advantage solution length finished"
+    assert all(set(r) == set(told.split()) for r in [*records, *held_out])
+    lengths = [r["length"] for r in records[:16]]
+    assert sum(lengths) / 16 == pytest.approx(lines[0]["completion_length"])
+    cut = [not r["finished"] for r in records[:16]]
+    assert sum(cut) / 16 == pytest.approx(lines[0]["clipped_completions"])
+    terms = re.findall(r"What is (\d+) \+ (\d+)\?<", records[0]["prompt"])[-1]
+    assert records[0]["solution"] == str(sum(map(int, terms)))
     first = records[:4]
     assert len({r["prompt"] for r in first}) == 1 and abs(sum(r["advantage"] for r in first)) < 1e-4
     vowels = [r["rewards"]["vowels"] for r in records[:16]]
@@ -156,7 +170,8 @@ def test_wandb_gets_metrics_and_completions(model_folder, plugin, tmp_path, monk
     logged = [json.loads(line) for line in out.splitlines() if line.startswith('{"wandb"')]
     assert any("reward" in line["wandb"] for line in logged) and "wandb finished" in out
     table = next(line["wandb"]["completions"] for line in logged if "completions" in line["wandb"])
-    assert len(table) == 16 and not (tmp_path / "o" / "completions.jsonl").exists()
+    assert len(table) == 16
+    assert len((tmp_path / "o" / "completions.jsonl").read_text().splitlines()) == 16
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])

@@ -1,0 +1,73 @@
+"""What a run did, for the terminal: five completions to read, accuracy before and after, and the
+curve as a picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+from run.report.folder import Run
+from run.report.story import common_parts
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def completions(run: Run, count: int = 5) -> list[str]:
+    """Some of the last step's, with what they earned."""
+    trained = [record for record in run.completions if record.get("phase", "train") == "train"]
+    if not trained:
+        return []
+    before, after = common_parts([record["prompt"] for record in trained])
+    last = [record for record in trained if record["step"] == trained[-1]["step"]]
+    lines = []
+    for record in last[:: max(1, len(last) // count)][:count]:
+        prompt = record["prompt"]
+        question = prompt[len(before) : len(prompt) - len(after)].strip()
+        rewards = [f"{name} {v:g}" for name, v in record["rewards"].items() if v is not None]
+        earned = ", ".join(rewards)
+        lines += ["", f"  {printable(question)}", f"  {printable(record['completion'].strip())}"]
+        lines.append(f"  ({earned}; advantage {record['advantage']:+.2f})")
+    return [*lines, ""]
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def results(run: Run) -> list[str]:
+    """Held-out means before and after, and what it took."""
+    lines = []
+    for name in run.rewards:
+        points = held_out(run, name)
+        if len(points) > 1:
+            (_, first), (_, last) = points[0], points[-1]
+            lines.append(f"{name} on held-out questions: {first:.1%} before, {last:.1%} after")
+    last = run.steps[-1]
+    minutes = run.seconds / 60
+    lines.append(f"{last['step']} steps in {minutes:.1f} minutes, {last['num_tokens']:,} tokens")
+    return lines
+
+
+def held_out(run: Run, name: str) -> list[tuple[int, float]]:
+    """Steps and means of a reward in evaluations."""
+    key = f"eval/rewards/{name}"
+    return [(line["step"], line[key]) for line in run.evaluations if line.get(key) is not None]
+
+
+def draw_curve(run: Run, file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for color, name in zip(colors, run.rewards):
+        key = f"rewards/{name}"
+        points = [(line["step"], line[key]) for line in run.steps if line.get(key) is not None]
+        axes.plot(*zip(*points), color=color, alpha=0.45, lw=1.2)
+        bold = held_out(run, name) or points[-1:]
+        axes.plot(*zip(*bold), color=color, marker="o", lw=2.2, label=name)
+    axes.set(xlabel="optimizer step", ylabel="mean reward")
+    axes.set_title("bold: held-out questions; thin: each step's batch", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
