@@ -23,7 +23,8 @@ many tokens as every other's. A group may lie across slices. A completion's rand
 own, so the number of ranks changes neither what is drawn to train on nor the gradient.
 
 To try a new idea: how a batch comes about is in `draw`, what a rank trains on in `share_out`, the
-objective in grpo.py. A metric that the loss returns reaches metrics.jsonl under its name.
+objective in grpo.py. A metric that the loss returns reaches metrics.jsonl under its name. How policy,
+optimizer and sampler are made of the flags is in run/setup.py.
 """
 
 import sys
@@ -45,7 +46,6 @@ import numpy
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
 import data
 import dist
@@ -60,12 +60,12 @@ from run import (
     health,
     log,
     models,
-    placement,
     plan,
     session,
+    setup,
     tokens,
 )
-from sampler import Completion, ModelSampler, Sampler, VLLMSampler
+from sampler import Completion, Sampler
 
 try:
     import fast
@@ -75,18 +75,6 @@ except ImportError:  # the folder may be deleted: training is slower, and right
 # Random numbers have streams of their own: training batches from 0 on, and these.
 EVALUATION = 1 << 40
 DROPOUT = 1 << 41
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """model"""
-
-    rlhf_type: Annotated[Literal["grpo"], "accepted for the guide's commands"] = "grpo"
-    model: Annotated[str | None, "hub id or local folder; else the embedded model"] = None
-    torch_dtype: Annotated[Literal["bfloat16", "float32"], "of the weights"] = "bfloat16"
-    train_type: Annotated[Literal["lora", "full"], "adapters, or all weights"] = "lora"
-    gradient_checkpointing: Annotated[bool, "recompute activations: less memory"] = True
-    plain: Annotated[bool, "train without the parts in fast/: slower, same results"] = False
 
 
 @dataclass(frozen=True)
@@ -133,12 +121,12 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     steps_per_epoch = steps_per_rollout * len(inputs.train_rows) / P
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
-    policy, reference = load_policy(args, world)
+    policy, reference = setup.load_policy(args, world, quick(args))
     waits = log.Waits(world.device)
-    optimizer = make_optimizer(args, policy, waits)
+    optimizer = setup.make_optimizer(args, policy, waits)
     # Step 0, or where a checkpoint stands.
     progress = checkpoints.resume(args, world, optimizer, reference)
-    sampler = make_sampler(args, world, policy, inputs.tokenizer)
+    sampler = setup.make_sampler(args, world, policy, inputs.tokenizer, quick(args))
     inputs.rewards.start()
     for line in health.before_the_first_step(args, policy, len(inputs.train_rows), P, max_steps):
         log.say(world, line)
@@ -207,7 +195,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 for name in ("entropy", "ratio/mean"):  # of those alone that are trained on
                     parts[name] *= N / step.num_trained
                 tally.add(parts)
-            learning_rate = args.learning_rate * schedule(args, progress.step, max_steps)
+            learning_rate = args.learning_rate * setup.schedule(args, progress.step, max_steps)
             grad_norm = optimizer.step(learning_rate)
             sampler.take_weights(policy)
             progress.step += 1
@@ -225,10 +213,10 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
 
         at_end = progress.step == max_steps
         at_last = at_end and combinations.evaluates(args)
-        if at_last or reached(args.eval_steps, progress.step, steps_per_rollout):
+        if at_last or setup.reached(args.eval_steps, progress.step, steps_per_rollout):
             evaluate(run, inputs.val_rows, progress.step, journal)
         at_end |= journal.asked_to_stop  # by a signal to any of the ranks
-        if at_end or reached(args.save_steps, progress.step, steps_per_rollout):
+        if at_end or setup.reached(args.save_steps, progress.step, steps_per_rollout):
             progress.completions_per_step = N
             checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress, reference)
         if at_end:
@@ -466,7 +454,7 @@ def split_evenly(items: list[int], lengths: list[int], parts: int) -> list[list[
 
 def logps_of(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> tuple[Tensor, ...]:
     """Log-probabilities, entropies and mask of a micro-batch, each (B, T), or (1, 1) for none."""
-    function = fast.completion_logps if is_fast(args) else grpo.completion_logps
+    function = (quick(args) or grpo).completion_logps
     prompt_ids = micro.prompt_ids or [[0]]
     completion_ids = micro.completion_ids or [[0]]
     return dist.forward(function, model, prompt_ids, completion_ids, args.temperature)
@@ -562,98 +550,9 @@ def seed_of(seed: int, stream: int, index: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-# What is trained, and how -----------------------------------------------------------------------
-
-
-def is_fast(args: argparse.Namespace) -> bool:
-    return fast is not None and not args.plain
-
-
-def load_policy(args: argparse.Namespace, world: dist.World):
-    """The policy, and the reference that the KL term compares it with: None when β is 0, the policy
-    itself for LoRA, since without its adapters it is the base, a second model for full training."""
-    torch.manual_seed(args.seed)  # LoRA's A matrices, the same on every rank
-    policy, parts = load_model(args, world)
-    log.say(world, f"fast parts: {', '.join(parts)}")
-    reference = None
-    if args.beta and args.train_type == "lora":
-        reference = policy
-    elif args.beta:
-        reference = load_model(args, world)[0].requires_grad_(False)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy.train(), reference
-
-
-def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Module, list[str]]:
-    """A model, and in words which of its parts are the quick ones."""
-    # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
-    dtype = getattr(torch, args.torch_dtype)
-    model = models.load(args, AutoModelForCausalLM.from_pretrained, dtype)
-    checks.agree_on_weights(world, model)
-    if args.train_type == "lora":
-        rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
-        lora.inject(model, rank, alpha, dropout, args.target_modules)
-        models.tell_frozen(world, model)
-    if args.deepspeed == "zero3" and world.size > 1:
-        names = model._no_split_modules or []  # of the layers' classes
-        layers = [module for module in model.modules() if type(module).__name__ in names]
-        dist.shard_parameters(model, layers)
-    else:
-        model.to(world.device)
-    checks.together(world, models.refuse_not_finite, args, model)
-    if is_fast(args):
-        return model, fast.prepare(model)
-    return model, ["none"]
-
-
-def make_optimizer(args: argparse.Namespace, policy, waiting) -> dist.ZeroAdamW:
-    return dist.ZeroAdamW(
-        policy.named_parameters(),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        bucket_size=args.bucket_size,
-        shard=args.deepspeed == "zero2",
-        waiting=waiting,
-    )
-
-
-def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer) -> Sampler:
-    settings = {
-        "eos_token_ids": models.end_tokens(policy, tokenizer),
-        "max_new_tokens": args.max_completion_length,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-    }
-    if args.use_vllm:
-        return VLLMSampler(policy, world, placement.engine_for(args, world), **settings)
-    settings["gather"] = args.ds3_gather_for_generation
-    if is_fast(args):
-        layerwise = dist.is_sharded(policy) and not settings["gather"]
-        settings["decoder"] = fast.decoder_for(policy, layerwise)
-        settings["draw"] = fast.sample_tokens
-    return ModelSampler(policy, **settings)
-
-
-def schedule(args: argparse.Namespace, step: int, max_steps: int) -> float:
-    """The factor on the learning rate of step `step` (from 0): a linear warm-up whose first step
-    already moves, then the decay of --lr_scheduler_type."""
-    warmup = math.ceil(args.warmup_ratio * max_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, max_steps - warmup)
-    if args.lr_scheduler_type == "linear":
-        return 1 - progress
-    if args.lr_scheduler_type == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0
-
-
-def reached(every: int | None, step: int, steps_per_rollout: int) -> bool:
-    """Whether the rollout that ended with `step` went over a multiple of `every`."""
-    return bool(every) and step // every > (step - steps_per_rollout) // every
+def quick(args: argparse.Namespace):
+    """The folder fast/, unless it is gone or --plain asks for none of it."""
+    return None if args.plain else fast
 
 
 def main(argv: list[str]) -> None:
@@ -661,7 +560,7 @@ def main(argv: list[str]) -> None:
     with session.session(args, world):
         if args.dry_run:
             sys.exit(plan.dry_run(args, world))
-        if is_fast(args):
+        if quick(args):
             fast.use_cpu_well(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         train(args, world)
 

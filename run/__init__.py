@@ -4,6 +4,8 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
 
     flags.py        every option of a run: declared where it acts, read here, from a file or typed
     values.py       what may stand behind a flag: true, numbers within bounds
+    combinations.py flags that have no meaning together
+    setup.py        the policy, its reference, the optimizer and the sampler, as flags say
     launch.py       torchrun, quietly, and with the run's exit status
     session.py      ranks meet, and any end is told in one last line
     checks.py       what can be wrong is found before a model is loaded; ranks agree
@@ -26,8 +28,10 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     lines.py        metrics.jsonl: whole lines, whatever happens
     log.py          metrics, completions, progress
     folder.py       a run's folder: one run at a time, which checkpoints are whole
+    drift.py        how far the policy that samples is from the one that is trained
     tokens.py       what a step did to each token
     report/         a page to look at
     checkpoints.py  save, prune, resume
+    reference.py    a reference that moves, in a checkpoint
     plan.py         what a run takes, before it is paid for
 """

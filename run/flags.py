@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 SEVEN = ("train", "lora", "data", "rewards", "grpo", "sampler", "dist")
 MODULES = (
+    "run/setup",
     *SEVEN,
     "run/log",
     "run/checkpoints",

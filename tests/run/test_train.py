@@ -24,7 +24,7 @@ import dist
 import fast
 import rewards
 import train
-from run import checks, flags, log
+from run import checks, flags, log, setup
 from sampler import ModelSampler
 
 
@@ -297,7 +297,7 @@ def test_the_schedule_warms_up_and_decays():
         args = flags.parse_args(
             ["--dataset", "x", "--lr_scheduler_type", kind, "--warmup_ratio", str(ratio)]
         )
-        return [train.schedule(args, step, steps) for step in range(steps)]
+        return [setup.schedule(args, step, steps) for step in range(steps)]
 
     assert rates("constant") == [0.5] + [1.0] * 9
     assert rates("linear") == pytest.approx(
