@@ -9,7 +9,7 @@ BENCHES ?= step growth where zero memory sync rewards
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 SEVEN := $(wildcard tests/test_*.py)
 
-.PHONY: demo model install vllm quick test lint bench clean
+.PHONY: demo model install vllm quick test lint bench ablate clean
 
 demo: model            ## train the embedded model for real, on any machine
 	$(PY) -m run.launch --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
@@ -36,6 +36,9 @@ bench: model           ## measure side by side with the peers, in an environment
 	$(MAKE) --no-print-directory VENV=bench/.venv bench/.venv/installed-test
 	-$(MAKE) --no-print-directory VENV=bench/.venv bench/.venv/installed-vllm  # else its rows are left out
 	for part in $(BENCHES); do bench/.venv/bin/python bench/$$part.py || exit 1; done
+
+ablate: model          ## members of the family side by side: long, goes on where it was stopped
+	$(PY) bench/ablate.py $(FLAGS)
 
 clean:                 ## the environment, the model on disk, the demo's output
 	rm -rf .venv bench/.venv models/SmolLM2-135M-Instruct output/demo

@@ -223,7 +223,7 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def timeless(lines: list[dict]) -> list[dict]:
     """Metrics without those that are times, or the process's memory."""
     own = ("time/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(own)} for line in lines]
+    return [{k: v for k, v in line.items() if not any(part in k for part in own)} for line in lines]
 
 
 def make_batch(groups=3, num_generations=4, longest=9, seed=0):
