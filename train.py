@@ -52,6 +52,7 @@ import grpo
 import lora
 from rewards import Rewards, total
 from run import (
+    adapters,
     checkpoints,
     checks,
     combinations,
@@ -59,6 +60,7 @@ from run import (
     health,
     log,
     models,
+    passes,
     placement,
     plan,
     session,
@@ -81,6 +83,7 @@ class ModelOptions:
 
     rlhf_type: Annotated[Literal["grpo"], "accepted for the guide's commands"] = "grpo"
     model: Annotated[str | None, "hub id or local folder; else the embedded model"] = None
+    adapters: Annotated[str | None, "LoRA folder to go on from; a --model may be one, too"] = None
     torch_dtype: Annotated[Literal["bfloat16", "float32"], "of the weights"] = "bfloat16"
     train_type: Annotated[Literal["lora", "full"], "adapters, or all weights"] = "lora"
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory"] = True
@@ -136,12 +139,10 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     optimizer = make_optimizer(args, policy, waits)
     # Step 0, or where a checkpoint stands.
     progress = checkpoints.resume(args, world, optimizer, reference)
-    sampler = make_sampler(args, world, policy, inputs.tokenizer)
+    run = make_run(args, world, policy, inputs)
     inputs.rewards.start()
     for line in health.before_the_first_step(args, policy, len(inputs.train_rows), P, max_steps):
         log.say(world, line)
-    silent = {*models.end_tokens(policy, inputs.tokenizer), inputs.tokenizer.pad_token_id}
-    run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards, inputs.opening, silent)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
     if args.eval_on_start and progress.step == 0:
@@ -204,7 +205,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 tally.add(parts)
             learning_rate = args.learning_rate * schedule(args, progress.step, max_steps)
             grad_norm = optimizer.step(learning_rate)
-            sampler.take_weights(policy)
+            run.sampler.take_weights(policy)
             progress.step += 1
             if args.sync_ref_model and progress.step % args.ref_model_sync_steps == 0:
                 follow(reference, policy, args.ref_model_mixup_alpha)
@@ -348,11 +349,13 @@ def draw_next(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:
     return batch
 
 
-def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: int) -> Batch:
+def draw(
+    run: Run, rows: list[dict], num_generations: int, stream: int, step: int, temperature=None
+) -> Batch:
     """Sample `num_generations` completions for each row, score them, compare each with its group.
 
-    stream: names the batch's random numbers. A collective call: a rank samples and scores its
-    slice, and every rank gets all.
+    stream: names the batch's random numbers. temperature: else --temperature. A collective call: a
+    rank samples and scores its slice, and every rank gets all.
     """
     world, started = run.world, time.perf_counter()
     everyone = [row for row in rows for _ in range(num_generations)]
@@ -363,7 +366,7 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     # Sample. A completion's random numbers are its own, whatever rank draws it.
     prompt_ids = [row["prompt_ids"] for row in own]
     seeds = [seed_of(run.args.seed, stream, i) for i in mine]
-    completions = run.sampler.generate(prompt_ids, seeds)
+    completions = run.sampler.generate(prompt_ids, seeds, temperature)
     sampled = time.perf_counter()
 
     # Score. A group may lie across ranks, so every rank needs to know all.
@@ -530,16 +533,21 @@ def importance_of(args: argparse.Namespace, micro: Batch, mask: Tensor) -> Tenso
 
 
 def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
-    """Sample and score completions of each row, as in training, and log the means over all."""
+    """Log the means over the completions of all rows."""
     G, parts = run.args.num_generations_eval, []
-    prompts_at_once = run.world.size * run.args.per_device_eval_batch_size // G
-    for first in range(0, len(rows), prompts_at_once):
-        part = rows[first : first + prompts_at_once]
-        batch = draw(run, part, G, EVALUATION + first, step)
-        metrics = log.metrics_of(batch, run.rewards.names)
+    for batch in evaluation(run, rows, G, run.args.temperature_eval, step):
+        metrics = log.metrics_of(batch, run.rewards.names) | passes.metrics_of(run, batch, G)
         parts.append((len(batch.completions), metrics))
     if parts:
         journal.evaluation(step, log.weighted_mean(parts))
+
+
+def evaluation(run: Run, rows: list[dict], G: int, temperature: float, step: int):
+    """G completions of each row, scored as in training: a Batch of some rows after the other."""
+    prompts_at_once = run.world.size * run.args.per_device_eval_batch_size // G
+    for first in range(0, len(rows), prompts_at_once):
+        part = rows[first : first + prompts_at_once]
+        yield draw(run, part, G, EVALUATION + first, step, temperature)
 
 
 def seed_of(seed: int, stream: int, index: int) -> int:
@@ -580,8 +588,7 @@ def load_model(args: argparse.Namespace, world: dist.World) -> tuple[torch.nn.Mo
     models.refuse_missing(args, info)
     checks.agree_on_weights(world, model)
     if args.train_type == "lora":
-        rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
-        lora.inject(model, rank, alpha, dropout, args.target_modules)
+        adapters.inject(args, model)
         models.tell_frozen(world, model)
     if args.deepspeed == "zero3" and world.size > 1:
         names = model._no_split_modules or []  # of the layers' classes
@@ -604,6 +611,13 @@ def make_optimizer(args: argparse.Namespace, policy, waiting) -> dist.ZeroAdamW:
         shard=args.deepspeed == "zero2",
         waiting=waiting,
     )
+
+
+def make_run(args: argparse.Namespace, world: dist.World, policy, inputs: checks.Inputs) -> Run:
+    tokenizer = inputs.tokenizer
+    sampler = make_sampler(args, world, policy, tokenizer)
+    silent = {*models.end_tokens(policy, tokenizer), tokenizer.pad_token_id}
+    return Run(args, world, sampler, tokenizer, inputs.rewards, inputs.opening, silent)
 
 
 def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer) -> Sampler:

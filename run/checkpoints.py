@@ -30,12 +30,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import dist
 import lora
 from data import UsageError, one_line
+from run import adapters
 from run import reference as run_reference
+from run.trained import checkpoint_step, checkpoints
 
 # Flags that may change from a run to the one that resumes it without a word.
 NOT_THE_RUN = {"output_dir", "resume_from_checkpoint", "max_steps", "save_steps"}
 NOT_THE_RUN |= {"save_total_limit", "dataset_num_proc"}
-OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs")
+OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "checkpoint-*", "runs", "evaluations")
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def save_adapters(
     for name in adapted:
         for part in lora.ADAPTER:
             tensor = weights[f"{name}.{part}"].detach()
-            tensors[f"base_model.model.{name}.{part}.weight"] = tensor.contiguous().cpu()
+            tensors[adapters.tensor_name(name, part)] = tensor.contiguous().cpu()
     targets = list(target_modules)
     if targets == lora.EVERYTHING:  # PEFT writes names, too
         targets = sorted({lora.last_part(name) for name in adapted})
@@ -357,17 +359,6 @@ class FileOfMain:
         tensor = tensor.to(self.world.device)
         torch_dist.broadcast(tensor, src=0)
         return tensor
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    folders = Path(output_dir).glob("checkpoint-*")
-    numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
-    return sorted(numbered, key=checkpoint_step)
-
-
-def checkpoint_step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> Path:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora
 from data import UsageError, either
-from run import checkpoints
+from run import adapters, checkpoints
 from run.flags import EMBEDDED_MODEL, first_line
 from run.log import say
 
@@ -43,8 +43,7 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
         ) from error
     refuse_recurrent(args, model)
     if args.train_type == "lora":
-        rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
-        lora.inject(model, rank, alpha, dropout, args.target_modules)
+        adapters.inject(args, model)
     if args.resume_from_checkpoint and has_checkpoint:
         check_checkpoint(args, model)
     return config

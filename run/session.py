@@ -44,14 +44,14 @@ def read_flags(argv: list[str], world: dist.World) -> argparse.Namespace:
 
 
 @contextmanager
-def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
+def session(args: argparse.Namespace, world: dist.World, advice=how_to_resume) -> Iterator[None]:
     """In this block the ranks have met and watch each other; an error in it ends the program with
-    one line. A plan (--dry_run) needs no other rank."""
+    one line. A plan (--dry_run) needs no other rank. advice: of args, how to go on after an error."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is cleaned up
     watcher = None
     try:
         if not args.dry_run:
-            on_loss = partial(end_for_loss, args)
+            on_loss = partial(end_for_loss, args, advice)
             place = world.rank, world.size, world.place
             store, watcher = watch.meet(*place, args.node_timeout, on_loss)
             dist.start(world, store)
@@ -61,9 +61,9 @@ def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
     except UsageError as error:
         flags.fail(str(error))
     except (RewardError, SamplerError, SaveError, FloatingPointError) as error:
-        flags.fail(f"{error}; {how_to_resume(args)}", status=1)
+        flags.fail(f"{error}; {advice(args)}", status=1)
     except KeyboardInterrupt:
-        flags.fail(f"interrupted; {how_to_resume(args)}", status=130)
+        flags.fail(f"interrupted; {advice(args)}", status=130)
     except (RuntimeError, SystemExit):
         # A collective that failed, a signal from torchrun: whoever was lost explains it.
         if watcher:
@@ -75,8 +75,8 @@ def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
         dist.stop()
 
 
-def end_for_loss(args: argparse.Namespace, lost: str) -> None:
+def end_for_loss(args: argparse.Namespace, advice, lost: str) -> None:
     """End at once, whatever the main thread waits for. vLLM and the judge of answers end when this
     process does."""
-    flags.write_line(f"train.py: {lost}; {how_to_resume(args)}")
+    flags.write_line(f"{flags.program}: {lost}; {advice(args)}")
     os._exit(1)
