@@ -42,6 +42,7 @@ from dist import World, free_memory, full, gathered, is_sharded
 from grpo import Rows, pad, positions
 
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it
+GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # the likeliest token at any temperature
 COMPACT_AT = 0.75  # drop ended rows when this share is alive: copying the cache costs about a step
 
 
@@ -231,7 +232,7 @@ class ModelSampler:
     ) -> list[Completion]:
         distribution = self.distribution
         if temperature == 0:
-            distribution = (1.0, 1.0, 1)  # the largest logit is the largest at any temperature
+            distribution = tuple(GREEDY.values())
         elif temperature is not None:
             distribution = (temperature, *distribution[1:])
         training = self.model.training
@@ -380,7 +381,9 @@ class VLLMSampler:
             seeds = [seed for _, seed, _ in group]
             requests.append((prompt, len(seeds), seeds[0]))
         sampling = dict(self.sampling)
-        if temperature is not None:
+        if temperature == 0:
+            sampling |= GREEDY  # vLLM refuses a group at its own temperature 0
+        elif temperature is not None:
             sampling["temperature"] = temperature
         completions = self.engine.complete(requests, sampling)
         return [done for row, done in zip(rows, completions) if row[-1] == rank]

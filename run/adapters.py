@@ -54,9 +54,11 @@ def take(args: argparse.Namespace, given: Collection[str]) -> None:
     args.model = args.model or config["base_model_name_or_path"]
     for name, value in settings_of(config, args.adapters).items():
         wanted = getattr(args, name)
-        if name not in given or name == "lora_dropout":
+        if name not in given:
             setattr(args, name, value)
-        elif wanted != value and wanted != ["all-linear"]:  # whose names are compared later
+        elif name == "lora_dropout" or wanted == ["all-linear"]:  # whose names are compared later
+            continue
+        elif wanted != value:
             raise UsageError(f"--{name} {shown(wanted)}: {flag} has {shown(value)}; that works")
 
 
