@@ -349,16 +349,14 @@ def draw_next(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:
     return batch
 
 
-def draw(
-    run: Run, rows: list[dict], num_generations: int, stream: int, step: int, temperature=None
-) -> Batch:
-    """Sample `num_generations` completions for each row, score them, compare each with its group.
+def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature=None) -> Batch:
+    """Sample G completions for each row, score them, compare each with its group.
 
     stream: names the batch's random numbers. temperature: else --temperature. A collective call: a
     rank samples and scores its slice, and every rank gets all.
     """
     world, started = run.world, time.perf_counter()
-    everyone = [row for row in rows for _ in range(num_generations)]
+    everyone = [row for row in rows for _ in range(G)]
     N = len(everyone)
     mine = world.part_of(N)
     own = [everyone[i] for i in mine]
@@ -382,8 +380,8 @@ def draw(
     batch = Batch(prompt_ids, completions, scores, rewards, torch.zeros(N), metrics)
 
     # Compare. Evaluations may draw single completions.
-    if num_generations > 1:
-        compare(run, batch, rewards, num_generations)
+    if G > 1:
+        compare(run, batch, rewards, G)
     return batch
 
 
@@ -534,12 +532,9 @@ def importance_of(args: argparse.Namespace, micro: Batch, mask: Tensor) -> Tenso
 
 def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
     """Log the means over the completions of all rows."""
-    G, parts = run.args.num_generations_eval, []
-    for batch in evaluation(run, rows, G, run.args.temperature_eval, step):
-        metrics = log.metrics_of(batch, run.rewards.names) | passes.metrics_of(run, batch, G)
-        parts.append((len(batch.completions), metrics))
-    if parts:
-        journal.evaluation(step, log.weighted_mean(parts))
+    G = run.args.num_generations_eval
+    batches = evaluation(run, rows, G, run.args.temperature_eval, step)
+    journal.evaluation(step, passes.means(run, batches, G))
 
 
 def evaluation(run: Run, rows: list[dict], G: int, temperature: float, step: int):

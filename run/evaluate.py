@@ -2,9 +2,9 @@
 
     python -m run.evaluate CHECKPOINT --val_dataset NAME [--num_generations_eval G]
 
-It draws with train.py's own functions, so at the temperature of training and with the same flags it
-gives the numbers that the run gave at that step. Beside vLLM (--use_vllm true) it takes its own
-sampler. Several processes share the work: torchrun --nproc_per_node N -m run.evaluate …
+It draws and scores with train.py's own functions. So with the run's seed, batch size and number of
+processes it gives the numbers that the run gave at that step. --use_vllm true draws with vLLM.
+Several processes share the work: torchrun --nproc_per_node N -m run.evaluate …
 """
 
 import argparse
@@ -13,6 +13,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import data
@@ -43,6 +45,8 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, trained.Checkpoint, list[
         args.temperature_eval = args.temperature
     if "reward_funcs" in typed and "reward_weights" not in typed:
         args.reward_weights = None  # the run's are of its own rewards
+    if "vllm_max_model_len" not in typed:
+        args.vllm_max_model_len = None  # the run's was of its own rows
     if not args.reward_funcs and not args.reward_model:
         args.reward_funcs = ["accuracy"]
     if "output_dir" not in typed:
@@ -97,12 +101,13 @@ def choose_metrics(args: argparse.Namespace, wanted: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     try:
         args, checkpoint, metrics = read(argv)
+        import dist
+        import train
+        from run import session
     except UsageError as error:
         flags.fail(str(error))
-    import dist
-    import train
-    from run import session
-
+    except KeyboardInterrupt:
+        flags.fail("interrupted", status=130)
     world = dist.find_world()
     with session.session(args, world, advice=lambda _: "the checkpoint stays as it is"):
         if train.is_fast(args):
@@ -136,27 +141,23 @@ def evaluate(args: argparse.Namespace, world, checkpoint, wanted: list[str]) -> 
     found = {"checkpoint": str(checkpoint.folder), "step": step, "questions": len(rows)}
     found |= {"completions": G, "temperature": args.temperature_eval}
     found["metrics"] = values_of(wanted, run, drawn, G)
-    found["means"] = means_of(run, drawn["sampled"])
+    means = passes.means(run, drawn["sampled"], G)
+    found["means"] = {name: mean for name, mean in means.items() if "time/" not in name}
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     tell(found, args, folder)
 
 
-def progress(world, total: int):
-    """A bar on a terminal, and nothing elsewhere: `with progress(…) as advance: advance(n)`."""
-    from contextlib import contextmanager
-
+@contextmanager
+def progress(world, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, and nothing elsewhere → what advances it."""
     from rich.console import Console
     from rich.progress import Progress
 
-    @contextmanager
-    def bar():
-        console = Console(stderr=True)
-        shown = world.is_main and console.is_terminal
-        with Progress(console=console, transient=True, disable=not shown) as display:
-            task = display.add_task("questions", total=total)
-            yield lambda n: display.advance(task, n)
-
-    return bar()
+    console = Console(stderr=True)
+    shown = world.is_main and console.is_terminal
+    with Progress(console=console, transient=True, disable=not shown) as display:
+        task = display.add_task("questions", total=total)
+        yield lambda n: display.advance(task, n)
 
 
 # What it has drawn ------------------------------------------------------------------------------
@@ -177,15 +178,6 @@ def values_of(wanted: list[str], run, drawn: dict[str, list], G: int) -> dict[st
         low, high = passes.interval(values)
         found[name] = {"value": passes.mean(values), "low": low, "high": high}
     return found
-
-
-def means_of(run, batches: list) -> dict[str, float]:
-    """What training logs of an evaluation, but for times."""
-    from run import log
-
-    parts = [(len(b.completions), log.metrics_of(b, run.rewards.names)) for b in batches]
-    means = log.weighted_mean(parts)
-    return {name: value for name, value in means.items() if not name.startswith("time/")}
 
 
 def write_completions(file: Path, run, rows: list[dict], drawn: dict[str, list]) -> None:

@@ -13,6 +13,7 @@ more completions of the same ones do not make them narrower than the questions' 
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rewards import final_answer
@@ -111,6 +112,18 @@ def metrics_of(run, batch, num_generations: int) -> dict[str, float]:
         if k > 2:
             metrics[f"maj@{k}"] = mean([maj_at_k(each, k) for each in questions])
     return metrics
+
+
+def means(run, batches: Iterable, num_generations: int) -> dict[str, float]:
+    """What an evaluation tells of all its batches, these two among the others."""
+    from run import log
+
+    parts = []
+    for batch in batches:
+        metrics = log.metrics_of(batch, run.rewards.names)
+        metrics |= metrics_of(run, batch, num_generations)
+        parts.append((len(batch.completions), metrics))
+    return log.weighted_mean(parts)
 
 
 def mean(values: list[float]) -> float:

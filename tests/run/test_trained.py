@@ -100,7 +100,7 @@ def test_evaluation_of_a_checkpoint_is_the_evaluation_that_training_made_there(
     assert trained["step"] == found["step"] == 1
     trained = {name.removeprefix("eval/"): v for name, v in trained.items() if "time/" not in name}
     del trained["step"]
-    at_k = {name: trained.pop(name) for name in [*trained] if "@" in name}
+    at_k = {name: value for name, value in trained.items() if "@" in name}
     assert set(at_k) == {"pass@2", "pass@4", "maj@4"} and 0 < at_k["pass@2"] < 1
     assert found["means"] == pytest.approx(trained, rel=1e-6)
     told = {name: each["value"] for name, each in found["metrics"].items()}
