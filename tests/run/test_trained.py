@@ -164,6 +164,22 @@ def test_flags_win_over_the_runs_own(runs, tmp_path):
     assert args["system"] == "Count." and args["top_k"] == 20  # the run's
 
 
+def test_vllm_draws_where_it_is_asked_to(runs, tokenizer, tmp_path, monkeypatch):
+    """The stand-in for vLLM, whose words are all from a hundred tokens."""
+    stub, out = ROOT / "tests" / "fixtures" / "stub", tmp_path / "out"
+    monkeypatch.syspath_prepend(stub)
+    words = [str(runs / "lora"), "--use_vllm", "true", "--output_dir", str(out)]
+    job = (evaluate.main, ([*words, "--metrics", "greedy", "pass@2"],), {"PYTHONPATH": stub})
+    with forked(tmp_path / "said", job) as (process,):
+        status, said = process.end(timeout=200)
+    assert status == 0, said
+    lines = (out / "completions.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["completion"] for line in lines]
+    known = {tokenizer.decode([token]) for token in range(100, 200)}
+    assert len(texts) == 12 * (G + 1) and set("".join(texts)) <= set("".join(known))
+    assert (out / "vllm.log").exists()
+
+
 # Bad input --------------------------------------------------------------------------------------
 
 WORKS = "config.json and model.safetensors, or adapter_config.json and adapter_model.safetensors"
@@ -524,7 +540,7 @@ def test_adapters_of_another_model_are_refused_before_it_is_loaded(
     with pytest.raises(SystemExit):
         train.main([*words, "--adapters", str(runs / "lora" / "checkpoint-2")])
     said = capsys.readouterr().err
-    assert "lora_A.weight is [8, 64] there and [8, 32] in --model" in said
+    assert "down_proj.lora_A.weight is [8, 128] there and [8, 48] in --model" in said
 
 
 def test_pefts_own_adapters_are_taken_as_peft_reads_them(model, tmp_path):
