@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         flags.fail(f"{out}: could not be written ({one_line(error)})", status=1)
     except KeyboardInterrupt:
         flags.fail("interrupted; nothing was written", status=130)
-    print(f"{out}: {args.adapters} merged into {args.model}, in {args.torch_dtype}")
+    print(f"{out}: {args.model} with {args.adapters}, in {args.torch_dtype}")
 
 
 def merge(args: argparse.Namespace, out: Path) -> None:
