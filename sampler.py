@@ -42,6 +42,7 @@ from dist import World, free_memory, full, gathered, is_sharded
 from grpo import Rows, pad, positions
 
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it
+GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # the likeliest token at any temperature
 COMPACT_AT = 0.75  # drop ended rows when this share is alive: copying the cache costs about a step
 
 
@@ -51,6 +52,9 @@ class Options:
 
     max_completion_length: Annotated[int, "longest completion in tokens", "from 1"] = 512
     temperature: Annotated[float, "of the sampling distribution", "above 0"] = 0.9
+    temperature_eval: Annotated[
+        float | None, "evaluations'; 0 takes the likeliest token; else temperature", "from 0"
+    ] = None
     top_p: Annotated[float, "sample from this much mass; 1 is off", "above 0 to 1"] = 1.0
     top_k: Annotated[int, "sample from this many tokens; 0 is off", "from 0"] = 0
 
@@ -77,8 +81,13 @@ class Sampler(Protocol):
 
     metrics: dict[str, float]  # of the last call of generate
 
-    def generate(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
-        """One completion for each prompt; equal prompts lie side by side."""
+    def generate(
+        self, prompt_ids: Rows, seeds: Sequence[int], temperature: float | None = None
+    ) -> list[Completion]:
+        """One completion for each prompt; equal prompts lie side by side.
+
+        temperature: instead of the sampler's own; at 0 the likeliest token is taken.
+        """
 
     def take_weights(self, model: torch.nn.Module) -> None:
         """From now on sample from `model` as it is at this moment."""
@@ -218,7 +227,14 @@ class ModelSampler:
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model = model
 
-    def generate(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompt_ids: Rows, seeds: Sequence[int], temperature: float | None = None
+    ) -> list[Completion]:
+        distribution = self.distribution
+        if temperature == 0:
+            distribution = tuple(GREEDY.values())
+        elif temperature is not None:
+            distribution = (temperature, *distribution[1:])
         training = self.model.training
         self.model.eval()
         try:
@@ -226,7 +242,7 @@ class ModelSampler:
                 # No inference mode: what FSDP gathers into is kept, and trained with. A rank
                 # without prompts takes part with one of its own.
                 with torch.no_grad():
-                    drawn = self._decode(prompt_ids or [[0]], seeds or [0])
+                    drawn = self._decode(prompt_ids or [[0]], seeds or [0], distribution)
                 return drawn[: len(prompt_ids)]
             with gathered(self.model), torch.inference_mode():
                 longest = max(map(len, prompt_ids), default=0) + self.max_new_tokens
@@ -234,12 +250,12 @@ class ModelSampler:
                 drawn = []
                 for start in range(0, len(prompt_ids), rows):
                     part = slice(start, start + rows)
-                    drawn += self._decode(prompt_ids[part], seeds[part])
+                    drawn += self._decode(prompt_ids[part], seeds[part], distribution)
                 return drawn
         finally:
             self.model.train(training)
 
-    def _decode(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
+    def _decode(self, prompt_ids: Rows, seeds: Sequence[int], distribution) -> list[Completion]:
         """One wave: completions that are decoded together."""
         B, T = len(seeds), self.max_new_tokens
         device = self.eos.device
@@ -254,7 +270,7 @@ class ModelSampler:
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         alive = torch.arange(B, device=device)  # the completion that each row of the batch decodes
         for t in range(T):
-            token, logp = self.draw(logits, uniforms[alive, t], *self.distribution)  # (rows,)
+            token, logp = self.draw(logits, uniforms[alive, t], *distribution)  # (rows,)
             tokens[alive, t] = token
             logps[alive, t] = logp
             ended[alive] |= torch.isin(token, self.eos)
@@ -347,7 +363,9 @@ class VLLMSampler:
     def take_weights(self, model: torch.nn.Module) -> None:
         self.model, self.stale = model, True
 
-    def generate(self, prompt_ids: Rows, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompt_ids: Rows, seeds: Sequence[int], temperature: float | None = None
+    ) -> list[Completion]:
         started = time.perf_counter()
         self.metrics = {"time/sync": 0.0}
         if self.stale:
@@ -362,7 +380,12 @@ class VLLMSampler:
             # One for a group: vLLM gives its i-th completion the seed of the request plus i.
             seeds = [seed for _, seed, _ in group]
             requests.append((prompt, len(seeds), seeds[0]))
-        completions = self.engine.complete(requests, self.sampling)
+        sampling = dict(self.sampling)
+        if temperature == 0:
+            sampling |= GREEDY  # vLLM refuses a group at its own temperature 0
+        elif temperature is not None:
+            sampling["temperature"] = temperature
+        completions = self.engine.complete(requests, sampling)
         return [done for row, done in zip(rows, completions) if row[-1] == rank]
 
     def _send(self) -> None:

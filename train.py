@@ -60,6 +60,7 @@ from run import (
     health,
     log,
     models,
+    passes,
     plan,
     session,
     setup,
@@ -126,12 +127,10 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     optimizer = setup.make_optimizer(args, policy, waits)
     # Step 0, or where a checkpoint stands.
     progress = checkpoints.resume(args, world, optimizer, reference)
-    sampler = setup.make_sampler(args, world, policy, inputs.tokenizer, quick(args))
+    run = make_run(args, world, policy, inputs)
     inputs.rewards.start()
     for line in health.before_the_first_step(args, policy, len(inputs.train_rows), P, max_steps):
         log.say(world, line)
-    silent = {*models.end_tokens(policy, inputs.tokenizer), inputs.tokenizer.pad_token_id}
-    run = Run(args, world, sampler, inputs.tokenizer, inputs.rewards, inputs.opening, silent)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
     recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells)
@@ -197,7 +196,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 tally.add(parts)
             learning_rate = args.learning_rate * setup.schedule(args, progress.step, max_steps)
             grad_norm = optimizer.step(learning_rate)
-            sampler.take_weights(policy)
+            run.sampler.take_weights(policy)
             progress.step += 1
             if args.sync_ref_model and progress.step % args.ref_model_sync_steps == 0:
                 follow(reference, policy, args.ref_model_mixup_alpha)
@@ -349,14 +348,14 @@ def draw_next(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:
     return batch
 
 
-def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: int) -> Batch:
-    """Sample `num_generations` completions for each row, score them, compare each with its group.
+def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature=None) -> Batch:
+    """Sample G completions for each row, score them, compare each with its group.
 
-    stream: names the batch's random numbers. A collective call: a rank samples and scores its
-    slice, and every rank gets all.
+    stream: names the batch's random numbers. temperature: else --temperature. A collective call: a
+    rank samples and scores its slice, and every rank gets all.
     """
     world, started = run.world, time.perf_counter()
-    everyone = [row for row in rows for _ in range(num_generations)]
+    everyone = [row for row in rows for _ in range(G)]
     N = len(everyone)
     mine = world.part_of(N)
     own = [everyone[i] for i in mine]
@@ -364,7 +363,7 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     # Sample. A completion's random numbers are its own, whatever rank draws it.
     prompt_ids = [row["prompt_ids"] for row in own]
     seeds = [seed_of(run.args.seed, stream, i) for i in mine]
-    completions = run.sampler.generate(prompt_ids, seeds)
+    completions = run.sampler.generate(prompt_ids, seeds, temperature)
     sampled = time.perf_counter()
 
     # Score. A group may lie across ranks, so every rank needs to know all.
@@ -380,8 +379,8 @@ def draw(run: Run, rows: list[dict], num_generations: int, stream: int, step: in
     batch = Batch(everyone, completions, scores, rewards, torch.zeros(N), metrics)
 
     # Compare. Evaluations may draw single completions.
-    if num_generations > 1:
-        compare(run, batch, rewards, num_generations)
+    if G > 1:
+        compare(run, batch, rewards, G)
     return batch
 
 
@@ -531,23 +530,34 @@ def importance_of(args: argparse.Namespace, micro: Batch, mask: Tensor) -> Tenso
 
 
 def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
-    """Sample and score completions of each row, as in training, and log the means over all."""
-    G, parts = run.args.num_generations_eval, []
+    """Log the means over the completions of all rows."""
+    G = run.args.num_generations_eval
+    batches = []
+    for batch in evaluation(run, rows, G, run.args.temperature_eval, step):
+        journal.completions(step, batch, run, phase="eval")
+        batches.append(batch)
+    journal.evaluation(step, passes.means(run, batches, G))
+
+
+def evaluation(run: Run, rows: list[dict], G: int, temperature: float, step: int):
+    """G completions of each row, scored as in training: a Batch of some rows after the other."""
     prompts_at_once = run.world.size * run.args.per_device_eval_batch_size // G
     for first in range(0, len(rows), prompts_at_once):
         part = rows[first : first + prompts_at_once]
-        batch = draw(run, part, G, EVALUATION + first, step)
-        metrics = log.metrics_of(batch, run.rewards.names)
-        journal.completions(step, batch, run, phase="eval")
-        parts.append((len(batch.completions), metrics))
-    if parts:
-        journal.evaluation(step, log.weighted_mean(parts))
+        yield draw(run, part, G, EVALUATION + first, step, temperature)
 
 
 def seed_of(seed: int, stream: int, index: int) -> int:
     """The seed of one completion's random numbers, whatever rank samples it."""
     sequence = numpy.random.SeedSequence([seed, stream, index])
     return int(sequence.generate_state(1)[0])
+
+
+def make_run(args: argparse.Namespace, world: dist.World, policy, inputs: checks.Inputs) -> Run:
+    tokenizer = inputs.tokenizer
+    sampler = setup.make_sampler(args, world, policy, tokenizer, quick(args))
+    silent = {*models.end_tokens(policy, tokenizer), tokenizer.pad_token_id}
+    return Run(args, world, sampler, tokenizer, inputs.rewards, inputs.opening, silent)
 
 
 def quick(args: argparse.Namespace):

@@ -99,10 +99,10 @@ def our_step(count: int, kind: str, turn: Callable[[], None]) -> None:
     import fast
     import rewards
     import train
-    from run import flags
+    from run import flags, setup
     from run.log import Log
 
-    make, log = train.make_sampler, Log.step
+    make, log = setup.make_sampler, Log.step
 
     def without_ends(*args):
         sampler = make(*args)
@@ -113,13 +113,13 @@ def our_step(count: int, kind: str, turn: Callable[[], None]) -> None:
         log(*args)
         turn()
 
-    rewards.orms["bench"], train.make_sampler, Log.step = reward, without_ends, step
+    rewards.orms["bench"], setup.make_sampler, Log.step = reward, without_ends, step
     words = [
         "--dataset", "arithmetic", "--reward_funcs", "bench", "--output_dir", tempfile.mkdtemp(), "--train_type", kind,
         "--lora_rank", RANK, "--lora_alpha", ALPHA, "--learning_rate", LEARNING_RATE, "--beta", BETA, "--num_generations",
         G, "--per_device_train_batch_size", micro_batch(count), "--gradient_accumulation_steps",
         count // micro_batch(count), "--max_completion_length", TOKENS, "--temperature", "1.0", "--max_steps", 1000,
-        "--torch_dtype", precision(),
+        "--torch_dtype", precision(), "--gradient_checkpointing", "false",
     ]  # fmt: skip
     world = dist.find_world()
     dist.start(world)

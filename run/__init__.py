@@ -34,4 +34,11 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     checkpoints.py  save, prune, resume
     reference.py    a reference that moves, in a checkpoint
     plan.py         what a run takes, before it is paid for
+
+    adapters.py     a LoRA folder that a run goes on from
+    passes.py       pass@k, maj@k, intervals
+    trained.py      what a run has left, for the three commands:
+    evaluate.py     how often a checkpoint is right
+    chat.py         talk to one
+    merge.py        adapters become part of the model
 """

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import dist
 import lora
 from data import UsageError, one_line
+from run import adapters
 from run import folder as folders
 from run import reference as run_reference
 
@@ -235,7 +236,7 @@ def save_adapters(
     for name in adapted:
         for part in lora.ADAPTER:
             tensor = weights[f"{name}.{part}"].detach()
-            tensors[f"base_model.model.{name}.{part}.weight"] = tensor.contiguous().cpu()
+            tensors[adapters.tensor_name(name, part)] = tensor.contiguous().cpu()
     targets = list(target_modules)
     if targets == lora.EVERYTHING:  # PEFT writes names, too
         targets = sorted({lora.last_part(name) for name in adapted})

@@ -143,7 +143,8 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
         train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
         say(world, note)
-    opened = data.opening(tokenizer, train_rows[0]["prompt"], models.template_of(args))
+    first = (train_rows or val_rows)[0]  # an evaluation has no rows to train on
+    opened = data.opening(tokenizer, first["prompt"], models.template_of(args))
     opening = opened + args.response_prefix
     return Inputs(tokenizer, train_rows, val_rows, rewards, opening)
 

@@ -22,6 +22,11 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     check_soft_overlong(args)
     check_vllm(args)
     check_split(args)
+    if args.temperature_eval == 0 and args.num_generations_eval > 1:
+        raise UsageError(
+            f"--temperature_eval 0: all {args.num_generations_eval} completions of a question "
+            "would be the same; --num_generations_eval 1 works"
+        )
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
         raise UsageError(
             "--report_to wandb: wandb is not installed; pip install wandb, "
@@ -124,8 +129,10 @@ def check_vllm(args: argparse.Namespace) -> None:
             "--use_vllm true: vLLM is not installed; make vllm installs it, "
             "--use_vllm false samples without"
         )
-    if args.temperature < 0.01:
-        raise UsageError(f"--temperature {args.temperature}: with vLLM, 0.01 or more works")
+    for flag in ("temperature", "temperature_eval"):
+        value = getattr(args, flag)
+        if 0 < value < 0.01:
+            raise UsageError(f"--{flag} {value}: with vLLM, 0.01 or more works")
 
 
 def check_rollout(args: argparse.Namespace, world_size: int) -> None:

@@ -27,7 +27,7 @@ import typing
 from pathlib import Path
 
 from data import UsageError
-from run import combinations, console, stop
+from run import adapters, combinations, console, stop
 from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,8 +84,8 @@ def declared() -> list[type]:
     return found
 
 
-def add_flag(group, field: dataclasses.Field) -> None:
-    """Add the flag that a field of a dataclass declares."""
+def add_flag(group, field: dataclasses.Field, **changes) -> None:
+    """Add the flag that a field of a dataclass declares. changes: to what argparse is told."""
     kind, text, *bounds = typing.get_args(field.type)
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     settings = {"help": text, "default": default}
@@ -103,7 +103,7 @@ def add_flag(group, field: dataclasses.Field) -> None:
     elif kind in (int, float):
         settings["type"] = number(kind, *bounds)
     names = [field.name, *OTHER_NAMES.get(field.name, ())]
-    group(*(f"--{name}" for name in names), **settings)
+    group(*(f"--{name}" for name in names), **settings | changes)
 
 
 def make_parser() -> "Parser":
@@ -123,6 +123,11 @@ def make_parser() -> "Parser":
     return parser
 
 
+def given(words: list[str]) -> set[str]:
+    """The names of the flags among the words of a command line."""
+    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+
+
 # Reading them ----------------------------------------------------------------------------------
 
 
@@ -137,13 +142,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     from_file = []
     if file:
         parser.prefix = f"--config {file}: "
-        from_file = words_of(file, parser)
+        from_file = as_words(values_of(file, parser), parser)
         parser.parse_args(from_file)  # a wrong value is said to be the file's
         parser.prefix = ""
-    args = parser.parse_args([*from_file, *argv])
+    words = [*from_file, *argv]
+    args = parser.parse_args(words)
     del args.config  # what it says is in `args`
     if not args.dataset:
         fail("--dataset: names no rows to train on; a hub id, a file or a built-in name works")
+    try:
+        adapters.take(args, given(words))
+    except UsageError as error:
+        fail(str(error))
     complete(args)
     return args
 
@@ -173,8 +183,8 @@ def refuse_unknown(parser: "Parser", argv: list[str]) -> None:
             parser.error(f"{flag}: no such flag; {hint}")
 
 
-def words_of(file: str, parser: "Parser") -> list[str]:
-    """A file of flags as the words that one would type."""
+def values_of(file: str | Path, parser: "Parser") -> dict:
+    """What a file of flags says, not checked yet."""
     import yaml
 
     try:
@@ -185,6 +195,11 @@ def words_of(file: str, parser: "Parser") -> list[str]:
         parser.error(f"is not YAML ({first_line(error)}); a line 'flag: value' for each works")
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         parser.error("holds no flags; a line 'flag: value' for each works")
+    return values
+
+
+def as_words(values: dict, parser: "Parser") -> list[str]:
+    """Flags as the words that one would type."""
     words = []
     for name, value in values.items():
         refuse_unknown(parser, [f"--{name}"])
@@ -214,6 +229,8 @@ def complete(args: argparse.Namespace) -> None:
         args.kl_in_reward = args.advantage_estimator != "grpo"
     if args.rollout_importance_sampling_mode is None:
         args.rollout_importance_sampling_mode = "token_truncate" if args.use_vllm else "off"
+    if args.temperature_eval is None:
+        args.temperature_eval = args.temperature
     args.cosine_max_len = args.cosine_max_len or args.max_completion_length
     args.soft_max_length = args.soft_max_length or args.max_completion_length
     args.soft_cache_length = args.soft_cache_length or max(1, args.soft_max_length // 5)
@@ -250,6 +267,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+program = "train.py"  # what the last line begins with
+
+
 class Parser(argparse.ArgumentParser):
     prefix = ""  # which file the flags are from
 
@@ -275,7 +295,7 @@ def fail(message: str, status: int = 2):
     have_met = distributed is not None and distributed.is_initialized()
     rank = int(os.environ.get("RANK" if have_met else "LOCAL_RANK", 0))
     if status != 2 or rank == 0:
-        write_line(f"train.py: {message}")
+        write_line(f"{program}: {message}")
     elif not have_met:
         time.sleep(30)  # torchrun ends all as soon as one has ended, perhaps before rank 0 speaks
     sys.exit(status)

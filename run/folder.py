@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from data import UsageError, one_line
 
-OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs", "report.html", "curve.png")
+OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs", "evaluations")
+OF_A_RUN += ("report.html", "curve.png")
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 # Endings of folders that are not whole yet, or not whole any more: a kill may leave them.
 UNFINISHED, REMOVED = ".unfinished", ".removed"

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import dist
 import lora
 from data import UsageError, either
+from run import adapters
 from run.flags import EMBEDDED_MODEL, first_line
 from run.log import say
 
@@ -44,8 +45,7 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
         ) from error
     refuse_recurrent(args, model)
     if args.train_type == "lora":
-        rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
-        lora.inject(model, rank, alpha, dropout, args.target_modules)
+        adapters.inject(args, model)
     if args.resume_from_checkpoint and has_checkpoint:
         check_checkpoint(args, model)
     return config

@@ -54,11 +54,12 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, dist.World]:
 
 
 @contextmanager
-def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
+def session(args: argparse.Namespace, world: dist.World, advice=how_to_resume) -> Iterator[None]:
     """In this block the ranks have met and watch each other; an error in it ends the program with
-    one line, and so does a signal. A plan (--dry_run) needs no other rank."""
+    one line, and so does a signal. A plan (--dry_run) needs no other rank. advice: of args, how to
+    go on after an error."""
     watcher, word = None, watch.Watch.FAILED
-    on_loss = partial(end_for_loss, args)
+    on_loss = partial(end_for_loss, args, advice)
     stop.watch_torchrun(on_loss)
     with stop.listening() as wish:
         try:
@@ -71,17 +72,17 @@ def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
             if watcher:
                 watcher.close(word)
             if wish.agreed:
-                end_as_asked(args, world, wish.agreed)
+                end_as_asked(args, world, wish.agreed, advice)
         except UsageError as error:
             flags.fail(str(error))
         except FloatingPointError as error:
             helps = "a smaller --learning_rate or --max_grad_norm helps"
-            flags.fail(f"{error}; {helps}; {how_to_resume(args)}", status=1)
+            flags.fail(f"{error}; {helps}; {advice(args)}", status=1)
         except (RewardError, SamplerError, SaveError) as error:
-            flags.fail(f"{error}; {how_to_resume(args)}", status=1)
+            flags.fail(f"{error}; {advice(args)}", status=1)
         except stop.Ended as signal:
             word = watch.Watch.ASKED
-            flags.fail(f"{signal}; {how_to_resume(args)}", signal.status)
+            flags.fail(f"{signal}; {advice(args)}", signal.status)
         except MEMORY as error:
             if not is_lack_of_memory(error):
                 if watcher:  # a collective that failed: whoever was lost explains it
@@ -90,17 +91,17 @@ def session(args: argparse.Namespace, world: dist.World) -> Iterator[None]:
             what = f"out of memory ({first_sentence(error)})"
             helps = "a smaller --per_device_train_batch_size, more --gradient_accumulation_steps or"
             helps += " --gradient_checkpointing true takes less"
-            flags.fail(f"{what}; {helps}; {how_to_resume(args)}", status=1)
+            flags.fail(f"{what}; {helps}; {advice(args)}", status=1)
         finally:
             if watcher:
                 watcher.close(word)
             dist.stop()
 
 
-def end_as_asked(args: argparse.Namespace, world: dist.World, number: int) -> None:
+def end_as_asked(args: argparse.Namespace, world: dist.World, number: int, advice) -> None:
     """All ranks have stopped at the same step, with a checkpoint: rank 0 has the last line."""
     if world.is_main:
-        flags.write_line(f"train.py: stopped by {stop.name_of(number)}; {how_to_resume(args)}")
+        flags.write_line(f"train.py: stopped by {stop.name_of(number)}; {advice(args)}")
     sys.exit(128 + number)
 
 
@@ -120,8 +121,8 @@ def first_sentence(error: BaseException) -> str:
     return flags.first_line(error).split(". ")[0]
 
 
-def end_for_loss(args: argparse.Namespace, lost: str) -> None:
+def end_for_loss(args: argparse.Namespace, advice, lost: str) -> None:
     """End at once, whatever the main thread waits for. vLLM and the judge of answers end when this
     process does."""
-    flags.write_line(f"train.py: {lost}; {how_to_resume(args)}")
+    flags.write_line(f"{flags.program}: {lost}; {advice(args)}")
     os._exit(1)

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dist
-import lora
-from run import checks, log, models, placement
+from run import adapters, checks, log, models, placement
 from sampler import ModelSampler, Sampler, VLLMSampler
 
 
@@ -23,6 +22,7 @@ class ModelOptions:
 
     rlhf_type: Annotated[Literal["grpo"], "accepted for the guide's commands"] = "grpo"
     model: Annotated[str | None, "hub id or local folder; else the embedded model"] = None
+    adapters: Annotated[str | None, "LoRA folder to go on from; a --model may be one, too"] = None
     torch_dtype: Annotated[Literal["bfloat16", "float32"], "of the weights"] = "bfloat16"
     train_type: Annotated[Literal["lora", "full"], "adapters, or all weights"] = "lora"
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory"] = True
@@ -54,8 +54,7 @@ def load_model(
     model = models.load(args, AutoModelForCausalLM.from_pretrained, dtype)
     checks.agree_on_weights(world, model)
     if args.train_type == "lora":
-        rank, alpha, dropout = args.lora_rank, args.lora_alpha, args.lora_dropout
-        lora.inject(model, rank, alpha, dropout, args.target_modules)
+        adapters.inject(args, model)
         models.tell_frozen(world, model)
     if args.deepspeed == "zero3" and world.size > 1:
         names = model._no_split_modules or []  # of the layers' classes

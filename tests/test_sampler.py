@@ -168,6 +168,19 @@ def test_what_memory_has_no_room_for_is_decoded_later_and_comes_out_the_same(
     assert own.generate([], []) == []
 
 
+def test_a_call_may_have_a_temperature_of_its_own_and_0_takes_the_likeliest_token():
+    model, prompts, settings = tiny_model(), prompts_of(), {"eos_token_ids": [2]}
+    hot = ModelSampler(model, max_new_tokens=9, temperature=1.5, top_k=30, **settings)
+    cool = ModelSampler(model, max_new_tokens=9, temperature=0.6, top_k=30, **settings)
+    assert hot.generate(prompts, range(12), 0.6) == cool.generate(prompts, range(12))
+    assert hot.generate(prompts, range(12)) != cool.generate(prompts, range(12))
+    for prompt, completion in zip(prompts, hot.generate(prompts, range(12), temperature=0.0)):
+        ids = list(prompt)
+        for token in completion.ids:
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+
+
 def test_the_sampler_leaves_the_model_in_training_mode_and_takes_no_gradient():
     model = tiny_model().train()
     own = ModelSampler(model, eos_token_ids=[2], max_new_tokens=3)
@@ -277,6 +290,9 @@ def test_weights_are_sent_once_before_they_are_needed():
     assert engine.transfers == 1
     vllm.generate(prompts, [10, 11, 20])
     assert engine.transfers == 2
+    for temperature, told in ((None, (0.5, 9)), (0.8, (0.8, 9)), (0.0, (1.0, 1))):
+        vllm.generate(prompts, [10, 11, 20], temperature)
+        assert (engine.sampling["temperature"], engine.sampling["top_k"]) == told
 
 
 def test_an_engine_that_does_not_start_is_told_in_one_line():

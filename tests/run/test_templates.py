@@ -95,7 +95,7 @@ def scripted(monkeypatch):
             def __init__(self, tokenizer):
                 self.tokenizer = tokenizer
 
-            def generate(self, prompt_ids, seeds):
+            def generate(self, prompt_ids, seeds, temperature=None):
                 ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
                 said = [
                     [*ids[i % len(ids)], self.tokenizer.eos_token_id] for i in range(len(seeds))

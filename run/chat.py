@@ -1,0 +1,220 @@
+"""Talk to a checkpoint.
+
+    python -m run.chat CHECKPOINT                     a conversation, until Ctrl-D or Ctrl-C
+    echo 'What is 12 + 7?' | python -m run.chat …     a line is a turn; the answers come out alone
+
+Tokens are drawn as in training: the run's system prompt, template and temperature. On a terminal what
+a model thinks, between <think> and </think>, is dim and stands apart. Control characters that it
+writes are shown as signs and not sent to the terminal, which would obey them.
+"""
+
+import argparse
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+
+from data import BUILTINS, GUIDE_PROMPT, UsageError
+from run import flags, trained
+
+NAMES = trained.ASKING
+TAG = re.compile(r"</?think>")
+PICTURES = 0x2400  # Unicode's signs for control characters: ESC is ␛, 0x241B
+
+
+def main(argv: list[str]) -> None:
+    parser = trained.make_parser("run.chat", "Talk to a checkpoint.", NAMES)
+    try:
+        typed = trained.typed(parser, argv)
+        checkpoint = trained.find(typed["checkpoint"])
+        args = trained.flags_of(checkpoint, (*NAMES, "dataset"), typed)
+        chat(Model(args))
+    except UsageError as error:
+        flags.fail(str(error))
+    except KeyboardInterrupt:
+        print("\ngood-bye")
+        sys.exit(130)
+
+
+def chat(model: "Model") -> None:
+    """Read turns and show answers until there are no more. It keeps the conversation."""
+    screen, turns = Screen(), []
+    for question in screen.questions():
+        turns.append({"role": "user", "content": question})
+        answer = ""
+        for text in model.answer(turns):
+            answer += text
+            screen.show(text)
+        screen.end()
+        turns.append({"role": "assistant", "content": answer})
+
+
+# The model --------------------------------------------------------------------------------------
+
+
+class Model:
+    """A checkpoint that answers, with train.py's own sampler."""
+
+    def __init__(self, args: argparse.Namespace):
+        import dist
+        import train
+        from run import checks, models, readers, setup
+
+        config = models.model_config(args)
+        tokenizer = models.load_tokenizer(args.model)
+        self.args, self.context = args, models.context_of(config)
+        self.template = models.template_of(args)
+        self.system = readers.read_system(args.system)
+        if self.system is None and set(args.dataset) & set(BUILTINS):
+            self.system = GUIDE_PROMPT.read_text(encoding="utf-8").strip()
+        world = dist.find_world()
+        policy, _ = setup.load_model(args, world, train.quick(args))
+        inputs = checks.Inputs(tokenizer, [], [], None, "")
+        self.run = train.make_run(args, world, policy.eval(), inputs)
+
+    def answer(self, turns: list[dict]) -> Iterator[str]:
+        """The answer to the last turn, piece by piece; the oldest turns are left out, in place, when
+        the model's context has no more room for all."""
+        import data
+        import train
+
+        tokenizer, args = self.run.tokenizer, self.args
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        settings = {"prefix": args.response_prefix, "template": self.template}
+        while True:
+            prompt = [*system, *turns]
+            (row,), _ = data.encode([{"prompt": prompt}], tokenizer, **settings)
+            if len(row["prompt_ids"]) + args.max_completion_length <= self.context:
+                break
+            if len(turns) == 1:
+                longest = self.context - args.max_completion_length
+                raise UsageError(
+                    f"{len(row['prompt_ids'])} tokens are more than the {longest} that the model "
+                    f"has room for with --max_completion_length {args.max_completion_length}"
+                )
+            del turns[:2]
+        opened = data.opening(tokenizer, prompt, self.template) + args.response_prefix
+        if opened:
+            yield opened
+        seed = train.seed_of(args.seed, len(turns), 0)
+        decoded = Pieces(tokenizer)
+        for token in draw(self.run.sampler, row["prompt_ids"], seed):
+            if token not in self.run.silent:
+                yield decoded.add(token)
+
+
+def draw(sampler, prompt_ids: list[int], seed: int) -> Iterator[int]:
+    """The tokens of sampler.generate([prompt_ids], [seed]), each as soon as it is drawn."""
+    import torch
+
+    from sampler import uniform_stream
+
+    model, device = sampler.model, sampler.eos.device
+    uniforms = uniform_stream(seed, sampler.max_new_tokens).to(device)
+    with torch.inference_mode():
+        first_row = torch.zeros(1, dtype=torch.long, device=device)
+        decoder = sampler.decoder(model, [tuple(prompt_ids)], first_row)
+        logits = decoder.logits  # (1, V)
+        for t in range(len(uniforms)):
+            token, _ = sampler.draw(logits, uniforms[t : t + 1], *sampler.distribution)
+            yield token.item()
+            if token.item() in sampler.ends or t + 1 == len(uniforms):
+                return
+            logits = decoder.step(token)
+
+
+class Pieces:
+    """Tokens become text as they come: a character of several tokens comes with its last one."""
+
+    def __init__(self, tokenizer):
+        from tokenizers.decoders import DecodeStream
+
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.stream = DecodeStream(skip_special_tokens=False)
+
+    def add(self, token: int) -> str:
+        return self.stream.step(self.tokenizer, token) or ""
+
+
+# The screen -------------------------------------------------------------------------------------
+
+
+def harmless(text: str) -> str:
+    """Control characters as signs: a terminal obeys them, and so it does to what turns text around."""
+    return "".join(map(harmless_character, text))
+
+
+def harmless_character(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t":
+        return character
+    if code < 32 or code == 127:
+        return chr(PICTURES + (code if code < 32 else 33))
+    turns_around = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+    if unicodedata.category(character) == "Cc" or turns_around:
+        return "\N{REPLACEMENT CHARACTER}"
+    return character
+
+
+class Screen:
+    """Where turns come from, and where answers go."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        sys.stdout.reconfigure(errors="replace")  # what it cannot show must not end it
+        self.console = Console(highlight=False)
+        self.thinks, self.kept = False, ""
+
+    def questions(self) -> Iterator[str]:
+        """Lines that are not empty, until the input ends."""
+        asks = sys.stdin.isatty()
+        while True:
+            try:
+                line = input("\n> ") if asks else input()
+            except EOFError:
+                return
+            if line.strip():
+                if self.console.is_terminal and not asks:  # one sees what is answered
+                    print(f"\n> {harmless(line)}")
+                yield line.strip()
+
+    def show(self, text: str) -> None:
+        """A piece of an answer. Tags are not shown on a terminal, so the start of one waits."""
+        if not self.console.is_terminal:
+            self._write(text)
+            return
+        self.kept += text
+        while match := TAG.search(self.kept):
+            self._write(self.kept[: match.start()])
+            thinks = match[0] == "<think>"
+            if self.thinks and not thinks:
+                print()  # what it says begins on a line of its own
+            self.thinks, self.kept = thinks, self.kept[match.end() :]
+        whole = len(self.kept) - longest_start(self.kept)
+        self._write(self.kept[:whole])
+        self.kept = self.kept[whole:]
+
+    def end(self) -> None:
+        """The answer is over."""
+        self._write(self.kept)
+        self.thinks, self.kept = False, ""
+        print(flush=True)
+
+    def _write(self, text: str) -> None:
+        style = "dim italic" if self.thinks else None
+        self.console.out(harmless(text), style=style, end="", highlight=False)
+        self.console.file.flush()
+
+
+def longest_start(text: str) -> int:
+    """How many characters at the end may be the start of a tag."""
+    for length in range(min(len(text), len("</think>") - 1), 0, -1):
+        if any(tag.startswith(text[-length:]) for tag in ("<think>", "</think>")):
+            return length
+    return 0
+
+
+if __name__ == "__main__":
+    flags.program = "run.chat"
+    main(sys.argv[1:])

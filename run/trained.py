@@ -1,0 +1,110 @@
+"""What a run has left: a checkpoint's folder, its kind, and how its model was asked.
+
+    python -m run.evaluate | run.chat | run.merge     CHECKPOINT
+        a checkpoint of LoRA or of full training, or any model's folder
+        a run's folder, for its newest checkpoint
+
+What is not said of system prompt, template, temperature, lengths and rewards is taken from the run's
+own args.json, which lies beside the checkpoint or above it. Nothing in here needs torch.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from data import UsageError
+from run import adapters, flags
+from run.folder import checkpoints
+
+# The flags of how a model is asked, and of how it is loaded.
+ASKING = ("system", "chat_template_kwargs", "response_prefix", "max_completion_length")
+ASKING += ("temperature", "top_p", "top_k", "seed", "torch_dtype", "plain")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    folder: Path
+    is_lora: bool
+    args_file: Path | None = None  # its run's flags, if they are there
+
+    @property
+    def step(self) -> int:
+        """The optimizer step that it was saved at; 0 of a model that no run has trained."""
+        file = self.folder / "trainer_state.json"
+        return json.loads(file.read_text())["step"] if file.exists() else 0
+
+    @property
+    def run_folder(self) -> Path:
+        return self.args_file.parent if self.args_file else self.folder.parent
+
+
+def find(text: str) -> Checkpoint:
+    """UsageError for a folder that is none."""
+    folder = Path(text)
+    if not folder.is_dir():
+        raise UsageError(f"{text}: no such folder; a checkpoint-N folder of a run works")
+    kept = checkpoints(folder)
+    if kept and not has_weights(folder):
+        folder = kept[-1]
+    if not has_weights(folder):
+        raise UsageError(
+            f"{text}: no checkpoint; a folder works that holds config.json and model.safetensors, "
+            f"or {adapters.CONFIG} and {adapters.WEIGHTS}"
+        )
+    above = (folder / "args.json", folder.resolve().parent / "args.json")
+    args_file = next((file for file in above if file.is_file()), None)
+    return Checkpoint(folder, adapters.is_adapter(folder), args_file)
+
+
+def has_weights(folder: Path) -> bool:
+    if adapters.is_adapter(folder):
+        return (folder / adapters.WEIGHTS).is_file()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return (folder / "config.json").is_file() and bool(weights)
+
+
+# Flags ------------------------------------------------------------------------------------------
+
+
+def make_parser(prog: str, description: str, names: Collection[str]) -> flags.Parser:
+    """A command's parser: CHECKPOINT, and these of train.py's flags, which have no default here."""
+    usage = f"python -m {prog} CHECKPOINT [--flag value ...]"
+    settings = {"formatter_class": flags.Help, "allow_abbrev": False}
+    settings["argument_default"] = argparse.SUPPRESS
+    parser = flags.Parser(prog=prog, usage=usage, description=description, **settings)
+    text = "a checkpoint's folder, or a run's for its newest one"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    group = parser.add_argument_group("as in training; what is not said is the run's").add_argument
+    every = [field for options in flags.declared() for field in dataclasses.fields(options)]
+    for field in every:
+        if field.name in names:
+            flags.add_flag(group, field, default=argparse.SUPPRESS)
+    return parser
+
+
+def typed(parser: flags.Parser, argv: list[str]) -> dict:
+    """The flags that somebody has typed, with their values."""
+    flags.refuse_unknown(parser, argv)
+    return vars(parser.parse_args(argv))
+
+
+def flags_of(checkpoint: Checkpoint, names: Collection[str], typed: dict) -> argparse.Namespace:
+    """A field for every option of a run: what is typed, over the run's own for these names, over
+    the defaults. The model is the checkpoint."""
+    parser = flags.make_parser()
+    words = []
+    if checkpoint.args_file:
+        parser.prefix = f"{checkpoint.args_file}: "
+        values = flags.values_of(checkpoint.args_file, parser)
+        kept = {name: value for name, value in values.items() if name in names}
+        words = flags.as_words(kept, parser)
+    args = parser.parse_args(words)
+    del args.config
+    vars(args).update({name: value for name, value in typed.items() if name in names})
+    args.model, args.adapters = str(checkpoint.folder), None
+    args.train_type = "lora" if checkpoint.is_lora else "full"
+    adapters.take(args, given=())
+    flags.complete(args)
+    return args
