@@ -30,10 +30,10 @@ COMMON = (
     "--max_steps 2"
 )
 ROWS = {
-    "no model": "--train_type full --beta 0 --per_device_train_batch_size 8",
-    "LoRA": "--train_type lora --lora_rank 16 --per_device_train_batch_size 32",
-    "full": "--train_type full --beta 0 --per_device_train_batch_size 16",
-    "full with reference": "--train_type full --beta 0.04 --per_device_train_batch_size 16",
+    "no model": "--gradient_checkpointing false --train_type full --beta 0 --per_device_train_batch_size 8",
+    "LoRA": "--gradient_checkpointing false --train_type lora --lora_rank 16 --per_device_train_batch_size 32",
+    "full": "--gradient_checkpointing false --train_type full --beta 0 --per_device_train_batch_size 16",
+    "full with reference": "--gradient_checkpointing false --train_type full --beta 0.04 --per_device_train_batch_size 16",
     "full, recomputed": "--train_type full --beta 0 --per_device_train_batch_size 32 --gradient_checkpointing true",
 }
 
