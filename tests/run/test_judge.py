@@ -222,7 +222,14 @@ def test_a_judge_that_ends_again_on_a_batch_is_an_error(monkeypatch):
 def test_a_judge_that_is_stopped_is_replaced_and_counted(make, monkeypatch):
     judge = make(5.0)
     first = judge.process.pid
-    monkeypatch.setattr(judge_module, "SILENCE", 3.0)
+    start = judge.start
+
+    def start_patiently():
+        """A new one gets its time to import what it needs."""
+        monkeypatch.setattr(judge_module, "SILENCE", 60.0 if judge.process is None else 2.0)
+        start()
+
+    monkeypatch.setattr(judge, "start", start_patiently)
     os.kill(first, signal.SIGSTOP)
     reward = CheckedRewards(["accuracy"], judge=judge)
     about = {"prompts": [[]], "completion_ids": [[]], "step": 0, "solution": ["6"]}
