@@ -32,6 +32,7 @@ from sampler import SamplerError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not mix with forks
 logging.disable_progress_bar()  # a bar for each file that transformers reads or writes
+MEMORY = (RuntimeError, MemoryError)  # what torch raises when there is none to be had, and else
 
 
 def read_flags(argv: list[str]) -> tuple[argparse.Namespace, dist.World]:
@@ -103,10 +104,6 @@ def end_as_asked(args: argparse.Namespace, world: dist.World, number: int, advic
     if world.is_main:
         flags.write_line(f"train.py: stopped by {stop.name_of(number)}; {advice(args)}")
     sys.exit(128 + number)
-
-
-# What torch raises when there is no memory to be had, and much else.
-MEMORY = (RuntimeError, MemoryError)
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
