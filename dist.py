@@ -409,7 +409,7 @@ class ZeroAdamW:
     def _is_finite(self) -> bool:
         """Whether all ranks' shards of the parameters are: a sum of others is not finite either."""
         shards = [bucket.flat[bucket.owned] for bucket in self.buckets]
-        total = torch.stack([shard.sum(dtype=torch.float32) for shard in shards]).sum()
+        total = torch.stack([shard.sum().float() for shard in shards]).sum()
         if self.is_zero2 or self.is_zero3:
             with self.waiting:
                 torch_dist.all_reduce(total)

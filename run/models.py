@@ -104,8 +104,7 @@ def load(args: argparse.Namespace, from_pretrained: Callable, dtype: torch.dtype
 def refuse_not_finite(args: argparse.Namespace, model) -> None:
     """This rank's part of the weights: a sum of what is not finite is not either."""
     for name, parameter in model.named_parameters():
-        total = dist.local(parameter.detach()).sum(dtype=torch.float32)
-        if not total.isfinite():
+        if not dist.local(parameter.detach()).sum().isfinite():
             raise UsageError(
                 f"--model {args.model}: {name} holds numbers that are not finite; "
                 "a checkpoint that is not damaged works"
