@@ -212,6 +212,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def spoiled_on_the_last_rank(world, shard: bool) -> str:
+    """What the ranks hear of an update that one of them alone makes infinite."""
+    model = Model()
+    optimizer = dist.ZeroAdamW(model.named_parameters(), shard=shard)
+    optimizer.backward(loss_of(model, *batch_of(0)))
+    if world.rank == world.size - 1 or not shard:
+        optimizer.buckets[-1].exp_avg[-1] = float("inf")
+    try:
+        optimizer.step(1e-2)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_weights_that_an_update_makes_infinite_are_every_ranks_error(shard, tmp_path):
+    said = in_processes(2, tmp_path / "ranks", spoiled_on_the_last_rank, shard)
+    assert said == ["update 1 made weights that are not finite"] * 2
+
+
 def test_bfloat16_parameters_are_updated_through_float32_master_weights():
     """Against the same by hand with torch's AdamW: gradients of a bfloat16 model, summed and
     applied in float32."""
