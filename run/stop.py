@@ -89,8 +89,12 @@ def tell_of(number: int) -> None:
     rank is lost, for which torchrun sends a signal as well, has ended."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         line = f"{name_of(number)}: a checkpoint follows at the end of this step; once more ends "
+        line += "at once"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            patience = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            line += f"; torchrun waits {patience} s for it (--shutdown_timeout)"
         with suppress(OSError):
-            os.write(2, f"\n{line}at once\n".encode())
+            os.write(2, f"\n{line}\n".encode())
 
 
 # A parent that ends ------------------------------------------------------------------------------
