@@ -89,10 +89,10 @@ def fault(checkpoint: Path) -> str:
             return f"{STATE} has no step"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE} cannot be read: {one_line(error)}"
-    weights = list(checkpoint.glob("*.safetensors"))
-    if len(weights) == 1:
+    files = list(checkpoint.glob("*.safetensors"))
+    if not any(file.name.startswith(("model", "adapter_model")) for file in files):
         return "it has no weights"
-    for file in weights:
+    for file in files:
         try:
             with safe_open(file, "pt"):  # which compares the file's size with its table
                 pass

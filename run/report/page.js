@@ -56,7 +56,7 @@ function showTop() {
   addTile("steps", number(step), left ? `of ${number(story.max_steps)}` : "");
   addTile("time", clock(seconds), left ? `${clock((seconds / step) * left)} left` : "");
   addTile("tokens", number(metrics.num_tokens.at(-1)), "");
-  if (metrics.completion_length) addTile("tokens a completion", ...arrow(metrics.completion_length));
+  if (metrics.completion_length) addTile("mean length", ...arrow(metrics.completion_length));
 }
 
 function addReward(name) {

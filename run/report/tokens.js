@@ -100,8 +100,9 @@ function numbersOf({ completion, i }) {
   const at = (name) => numbers[name]?.[i] ?? null;
   const change = difference(at("after"), at("before"));
   const weight = difference(at("before"), at("sampled"));
+  const id = at("ids") === null ? "" : `, id ${at("ids")}`;
   const rows = [
-    ["token", `${i + 1} of ${numbers.tokens.length}, id ${at("ids")}`],
+    ["token", `${i + 1} of ${numbers.tokens.length}${id}`],
     ["advantage", number(completion.advantage)],
     ["log π when drawn", number(at("sampled"))],
     ["log π before the step", number(at("before"))],

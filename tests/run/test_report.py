@@ -20,7 +20,7 @@ HOSTILE = [
     "</script><script>window.hacked = 1</script>",
     '<img src=x onerror="window.hacked = 1">',
     "<!-- <script> @DATA@ @SCRIPT@ ${1} \u2028 \x00 \x1b[31m",
-    '"><svg onload="window.hacked = 1">',
+    '"><svg onload="window.hacked = 1">' + "long" * 99,
 ]
 QUESTIONS = ["What is 2 + 2?", "What is 2 + 3?", "Why <b>not</b>?"]
 
@@ -43,7 +43,8 @@ def completions_of(step, texts) -> list[dict]:
     """Groups of two: a right answer and a wrong one."""
     records = []
     for i, text in enumerate(texts):
-        prompt = f"<|system|>Answer.\n<|user|>\n{QUESTIONS[i // 2]}<|end|>\n<|assistant|>\n"
+        system = "Answer as briefly as you can. " * 20
+        prompt = f"<|system|>{system}\n<|user|>\n{QUESTIONS[i // 2]}<|end|>\n<|assistant|>\n"
         record = {"step": step, "phase": "train", "prompt": prompt, "completion": text}
         record |= {"rewards": {"accuracy": 1.0 - i % 2}, "advantage": 0.7 - 1.4 * (i % 2)}
         records.append(record | {"solution": "4", "length": 3, "finished": i % 2 == 0})
@@ -282,7 +283,11 @@ def test_a_run_without_completions_gets_its_curves_and_is_told_how_to_have_them(
 def test_watch_keeps_an_open_page_fresh_until_the_run_is_over(browser, tmp_path):
     path = make_run(tmp_path / "going", steps=2)
     ended = []
-    watching = threading.Thread(target=lambda: ended.append(report.watch(path, 0.2)))
+
+    def follow():
+        ended.append(report.watch(path, 0.2))
+
+    watching = threading.Thread(target=follow, daemon=True)
     watching.start()
     wait_for(lambda: (path / "report.html").exists())
     open_page(browser, path)
@@ -422,6 +427,7 @@ def test_the_texts_of_tokens_add_up_to_the_text_of_all(tokenizer):
 
 RECORDED = {"train_type": "full", "beta": 0, "save_steps": 1, "log_completions": "true"}
 RECORDED |= {"num_iterations": 2, "max_steps": 4, "learning_rate": 3e-3, "eval_steps": 4}
+RECORDED |= {"lr_scheduler_type": "constant"}  # so that a shorter run is its beginning
 
 
 @pytest.fixture(scope="module")
@@ -475,18 +481,25 @@ def log_probabilities(model, prompt, ids) -> tuple[list, list]:
 
 
 def test_recording_changes_nothing_of_the_run(recorded, model_folder, plugin, tmp_path):
-    train_here(*flags_for(model_folder, plugin, tmp_path, **RECORDED))
+    changes = RECORDED | {"max_steps": 3, "save_steps": 500}
+    train_here(*flags_for(model_folder, plugin, tmp_path, **changes))
     assert not (tmp_path / "tokens.jsonl").exists()
     without, beside = timeless(read_metrics(tmp_path)), timeless(read_metrics(recorded))
-    assert without == beside
-    told = (tmp_path / "completions.jsonl").read_text()
-    assert told == (recorded / "completions.jsonl").read_text()
+    assert without == beside[:3]
+    assert drawn(tmp_path) == drawn(recorded)
+
+
+def drawn(path) -> list[dict]:
+    lines = (path / "completions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record for record in records if record["phase"] == "train"]
 
 
 def test_two_ranks_record_what_one_does(recorded, model_folder, plugin, tmp_path):
     changes = RECORDED | {"per_device_train_batch_size": 8, "deepspeed": "zero3", "log_tokens": 2}
+    changes |= {"max_steps": 2, "save_steps": 500}
     run_forked(flags_for(model_folder, plugin, tmp_path / "two", **changes), 2, tmp_path / "ranks")
-    for one, two in zip(token_lines(recorded), token_lines(tmp_path / "two"), strict=True):
+    for one, two in zip(token_lines(recorded)[:4], token_lines(tmp_path / "two"), strict=True):
         for a, b in zip(one.pop("completions"), two.pop("completions"), strict=True):
             for name in ("sampled", "before", "after", "entropy", "ratio"):
                 assert b.pop(name) == pytest.approx(a.pop(name), rel=2e-2, abs=2e-3)
