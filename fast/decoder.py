@@ -41,8 +41,12 @@ def choose(model: nn.Module, layerwise: bool = False) -> type[Decoder]:
         return Decoder
     if layerwise:
         return PackedDecoder
-    with gathered(model):
-        return LlamaDecoder if decodes_like_llama(model) else PackedDecoder
+    training = model.training
+    try:
+        with gathered(model.eval()):  # as it samples: dropout and recomputation keep no cache
+            return LlamaDecoder if decodes_like_llama(model) else PackedDecoder
+    finally:
+        model.train(training)
 
 
 @torch.inference_mode()

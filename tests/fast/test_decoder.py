@@ -98,6 +98,15 @@ def test_each_model_takes_the_decoder_that_gives_its_own_logits():
     assert fast.decoder_for(tiny_model("llama")) is Decoder
 
 
+def test_a_model_that_trains_and_recomputes_is_tried_as_it_samples():
+    """With dropout, and without a cache, it would have other logits, and decode slowly."""
+    model = tiny_model("llama")
+    lora.inject(model, 4, 8, dropout=0.5)
+    fast.prepare(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert fast.decoder_for(model.train()) is LlamaDecoder and model.training
+
+
 def test_a_completion_is_the_same_in_any_batch_of_the_quick_decoder():
     model, prompts = prepared(), prompts_of()
     decoder = fast.decoder_for(model)
