@@ -291,7 +291,7 @@ def test_watch_keeps_an_open_page_fresh_until_the_run_is_over(browser, tmp_path)
     watching.start()
     wait_for(lambda: (path / "report.html").exists())
     open_page(browser, path)
-    assert texts(browser, "#step") == ["step 2"]
+    wait_for(lambda: texts(browser, "#step") == ["step 2"])
     with (path / "completions.jsonl").open("a") as file:
         for record in completions_of(3, ["a", "b"]):
             file.write(json.dumps(record) + "\n")
@@ -308,14 +308,14 @@ def test_watch_keeps_an_open_page_fresh_until_the_run_is_over(browser, tmp_path)
 
 
 def wait_for(holds, seconds=20):
-    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.common.exceptions import WebDriverException
 
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
             if holds():
                 return
-        except StaleElementReferenceException:  # the page was read anew in between
+        except WebDriverException:  # the page was read anew in between
             pass
         time.sleep(0.05)
     raise AssertionError("did not come")
