@@ -41,6 +41,7 @@ from transformers import AutoTokenizer  # noqa: E402
 import run.judge  # noqa: E402
 import train  # noqa: E402
 from run import folder, stop  # noqa: E402
+from run.lines import cut_after  # noqa: E402
 
 LIMIT = 90.0  # seconds in which a run has to end, once it should
 REWARD = '''
@@ -297,7 +298,9 @@ def break_it(faults: int, until: float, place: Path) -> tuple[list[dict], dict]:
         row["traceback"] = "Traceback" in trial.process.said
         broken = damage(what, out) if victim in ("checkpoint", "metrics") else None
         if what == "not finite" and broken:  # which is refused: a user takes the one before
-            shutil.rmtree(out / broken) if refused(words, out, place, number) else None
+            row["resumed right"] &= refused(words, out, place, number)
+            shutil.rmtree(out / broken)
+            broken = None
         rows.append(row)
         print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
     return rows, count(rows) | compare(words, out, place)
@@ -350,6 +353,7 @@ def count(rows: list[dict]) -> dict:
 
 def compare(words, out: Path, place: Path) -> dict:
     """The run that was broken with one that was not: lines that tell of another reward."""
+    cut_after(out / "metrics.jsonl", 1_000_000)  # the last fault may have cut a line
     lines = read_metrics(out)
     straight = place / "straight"
     trial = Trial(words(straight, "--max_steps", len(lines)), 20_000, place)
