@@ -35,7 +35,7 @@ def is_adapter(folder: str | Path) -> bool:
 def take(args: argparse.Namespace, given: Collection[str]) -> None:
     """Let args train on from the adapters that --model or --adapters names, if one does.
 
-    given: the flags that somebody has set. UsageError where these, or the folder, say what cannot be.
+    given: the flags that somebody has set. UsageError where these or the folder say what cannot be.
     """
     flag = f"--adapters {args.adapters}"
     if args.model and is_adapter(args.model):
@@ -130,7 +130,8 @@ def shapes_of(folder: str | Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
     with safe_open(Path(folder) / WEIGHTS, "np") as file:
-        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = list(file.keys())
+        return {name: list(file.get_slice(name).get_shape()) for name in names}
 
 
 def names_of(folder: str | Path) -> set[str]:

@@ -3,9 +3,9 @@
     python -m run.chat CHECKPOINT                     a conversation, until Ctrl-D or Ctrl-C
     echo 'What is 12 + 7?' | python -m run.chat …     a line is a turn; the answers come out alone
 
-Tokens are drawn as in training: the run's system prompt, template and temperature. On a terminal what
-a model thinks, between <think> and </think>, is dim and stands apart. Control characters that it
-writes are shown as signs and not sent to the terminal, which would obey them.
+Tokens are drawn as in training: the run's system prompt, template and temperature. On a terminal
+what a model thinks, between <think> and </think>, is dim and stands apart. Control characters that
+it writes are shown as signs and not sent to the terminal, which would obey them.
 """
 
 import argparse
@@ -73,8 +73,8 @@ class Model:
         self.run = train.make_run(args, world, policy.eval(), inputs)
 
     def answer(self, turns: list[dict]) -> Iterator[str]:
-        """The answer to the last turn, piece by piece; the oldest turns are left out, in place, when
-        the model's context has no more room for all."""
+        """The answer to the last turn, piece by piece. When the model's context has no room for all
+        turns, the oldest are left out, in place."""
         import data
         import train
 
@@ -140,7 +140,7 @@ class Pieces:
 
 
 def harmless(text: str) -> str:
-    """Control characters as signs: a terminal obeys them, and so it does to what turns text around."""
+    """Control characters, and those that turn text around, as signs: a terminal obeys them."""
     return "".join(map(harmless_character, text))
 
 

@@ -34,7 +34,7 @@ KNOWN = "greedy, accuracy, pass@K or maj@K"
 
 
 def read(argv: list[str]) -> tuple[argparse.Namespace, trained.Checkpoint, list[str]]:
-    """The flags, the checkpoint, and the metrics to tell; UsageError for what is wrong with them."""
+    """The flags, the checkpoint and the metrics to tell; UsageError where one is wrong."""
     parser = trained.make_parser("run.evaluate", "Evaluate a checkpoint.", NAMES)
     text = "greedy, accuracy, pass@K, maj@K; all, with K = 1, 2, 4 … G, when absent"
     parser.add_argument("--metrics", nargs="+", default=[], help=text)
@@ -213,7 +213,8 @@ def tell(found: dict, args: argparse.Namespace, folder: Path) -> None:
         table.add_row(name, f"{each['value']:.1%}", bounds)
     table.add_section()
     for name, value in found["means"].items():
-        if name in ("reward", "completion_length") or re.fullmatch("rewards/[^/]+", name):
+        is_reward = re.fullmatch("rewards?(/[^/]+)?", name) and name not in rewards.COUNTERS
+        if is_reward or name == "completion_length":
             table.add_row(name, f"{value:.3f}", "")
     Console().print(table)
     print(f"every completion: {folder / 'completions.jsonl'}", flush=True)

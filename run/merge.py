@@ -1,9 +1,9 @@
-"""Merge a LoRA checkpoint into its base: a model's folder, which everything loads that loads models.
+"""Merge a LoRA checkpoint into its base: a model's folder, which loads wherever models do.
 
     python -m run.merge CHECKPOINT OUT
 
-The sums are lora.py's, in float32, and rounded once to --torch_dtype, the run's own when absent. One
-layer is merged at a time and takes its base's place, so it takes the memory of one model.
+The sums are lora.py's, in float32, and rounded once to --torch_dtype, the run's own when absent.
+One layer is merged at a time and takes its base's place, so it takes the memory of one model.
 """
 
 import argparse

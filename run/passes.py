@@ -1,9 +1,9 @@
 """pass@k and maj@k: how often k completions of a question hold a right one, or agree on it.
 
-Of n completions of a question, c are right (reward accuracy). Both numbers are means over all sets of
-k of them, counted and not drawn:
+Of n completions of a question, c are right (reward accuracy). Both numbers are means over all sets
+of k of them, counted and not drawn:
 
-    pass@k   1 - C(n - c, k) / C(n, k)        not all of the k are wrong (Chen et al., 2107.03374, eq. 1)
+    pass@k   1 - C(n - c, k) / C(n, k): not all of the k are wrong (Chen et al., 2107.03374, eq. 1)
     maj@k    the share of sets whose most frequent answer is right (Wang et al., 2203.11171); of t
              answers that are equally frequent, each counts 1 / t
 

@@ -4,8 +4,8 @@
         a checkpoint of LoRA or of full training, or any model's folder
         a run's folder, for its newest checkpoint
 
-What is not said of system prompt, template, temperature, lengths and rewards is taken from the run's
-own args.json, which lies beside the checkpoint or above it. Nothing in here needs torch.
+What is not said of system prompt, template, temperature, lengths and rewards is taken from the
+run's own args.json, which lies beside the checkpoint or above it. Nothing in here needs torch.
 """
 
 import argparse
@@ -53,8 +53,9 @@ def find(text: str) -> Checkpoint:
             f"{text}: no checkpoint; a folder works that holds config.json and model.safetensors, "
             f"or {adapters.CONFIG} and {adapters.WEIGHTS}"
         )
-    above = (folder / "args.json", folder.resolve().parent / "args.json")
-    args_file = next((file for file in above if file.is_file()), None)
+    above = folder.parent if folder.name else folder.resolve().parent  # of "."
+    files = (folder / "args.json", above / "args.json")
+    args_file = next((file for file in files if file.is_file()), None)
     return Checkpoint(folder, adapters.is_adapter(folder), args_file)
 
 
