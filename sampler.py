@@ -13,7 +13,7 @@ its own, named by its seed, so it comes out the same in whatever batch, on howev
 
 vLLM, `VLLMSampler`. The engine is a process of its own beside rank 0. All ranks' prompts go there
 together, and each rank gets its own completions back. After an optimizer step the policy's weights
-stream into the running engine, one tensor at a time (`send_weights`, `receive_weights`).
+stream into the running engine, one tensor at a time (`VLLMSampler._send`, run/weights.py).
 
     rank 0    ── names and shapes, over a pipe ──────────────────>   engine
               ── each tensor, over a process group of two ───────>   loads it over the old one
@@ -23,11 +23,10 @@ A sampler is anything with what `Sampler` lists. To try a new decoding idea, cha
 `sample_tokens`. To make decoding quick, write another `Decoder`.
 """
 
-import datetime
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -373,60 +372,3 @@ class VLLMSampler:
         merged = lora.merged_parameters(self.model)
         weights = ((name, full(tensor)) for name, tensor in merged)
         self.engine.load(announced, weights, collective=is_sharded(self.model))
-
-
-def send_weights(engine, announced: list[tuple], weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Stream weights into the engine, which loads each as it comes: the trainer's end.
-
-    announced: (name, shape, dtype) of each, in their order. SamplerError if others arrived.
-    """
-    engine.announce(announced)
-    for name, tensor in weights:
-        engine.send(name, tensor)
-    engine.check_arrived()
-
-
-def receive_weights(group: "WeightGroup", announced: list[tuple], load: Callable) -> None:
-    """What `send_weights` sends, as it arrives: the engine's end.
-
-    load: a function of an iterator over (name, tensor).
-    """
-
-    def arriving() -> Iterator[tuple[str, Tensor]]:
-        for name, shape, dtype in announced:
-            yield name, group.receive(shape, dtype)
-
-    load(arriving())
-
-
-class WeightGroup:
-    """A process group of two beside all others: the trainer, 0, and the engine, 1, which run on one
-    machine. backend: nccl between two GPUs, or gloo."""
-
-    def __init__(self, store: torch_dist.Store, rank: int, backend: str, device: torch.device):
-        self.backend = backend
-        if backend == "nccl":
-            self.device, self.group = device, torch_dist.ProcessGroupNCCL(store, rank, 2)
-            return
-        options = torch_dist.ProcessGroupGloo._Options()
-        options._devices = [torch_dist.ProcessGroupGloo.create_device(interface="lo")]
-        options._timeout = datetime.timedelta(seconds=20)  # in which the two, who wait, must meet
-        self.device = torch.device("cpu")
-        self.group = torch_dist.ProcessGroupGloo(store, rank, 2, options)
-
-    def send(self, tensor: Tensor, is_there: Callable[[], bool], timeout: float) -> None:
-        """ConnectionError when the engine is not there any more."""
-        work = self.group.send([tensor], 1, 0)
-        # gloo fails when its peer is gone; NCCL would wait for ever.
-        while self.backend == "nccl" and not work.is_completed():
-            if not is_there():
-                self.group.abort()
-                raise ConnectionError("the engine is gone")
-            time.sleep(1e-4)
-        work.wait(datetime.timedelta(seconds=timeout))
-
-    def receive(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        # The trainer watches, and its end is the engine's, so this waits as long as it takes.
-        self.group.recv([tensor], 0, 0).wait(datetime.timedelta(days=1))
-        return tensor

@@ -12,6 +12,7 @@ from conftest import ARCHITECTURES, tiny_model
 import lora
 from dist import World
 from run.engine import OnRank0
+from run.weights import WeightGroup, receive_weights, send_weights
 from sampler import (
     ROOM,
     Completion,
@@ -19,10 +20,7 @@ from sampler import (
     ModelSampler,
     SamplerError,
     VLLMSampler,
-    WeightGroup,
-    receive_weights,
     sample_tokens,
-    send_weights,
 )
 
 ENDS = [2, *range(11, 21)]  # many end-of-sequence tokens, so that rows end at different times
