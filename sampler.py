@@ -37,10 +37,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import lora
-from dist import World, free_memory, full, gathered, is_sharded
+from dist import World, full, gathered, is_sharded
 from grpo import Rows, pad, positions
 
-ROOM = 16  # tokens that a row's cache may have room for beyond those in it
 COMPACT_AT = 0.75  # drop ended rows when this share is alive: copying the cache costs about a step
 
 
@@ -187,6 +186,8 @@ class ModelSampler:
     eos_token_ids: any of them ends a completion. top_k 0 and top_p 1.0 are off. They narrow what can
     be drawn, while log-probabilities stay those of softmax(logits / temperature), the distribution
     of the training objective. decoder, draw: what is plain here, or what stands in for it.
+    rows_at_once: from the model and a length in tokens to the rows that memory has room for; what
+    is beyond waits its turn. None decodes all together.
 
     Every rank calls `generate`, because sharded parameters (ZeRO-3) are gathered for it. With
     gather=False they are not: less memory, and each layer's parameters travel at every step.
@@ -204,8 +205,10 @@ class ModelSampler:
         gather: bool = True,
         decoder: type = Decoder,
         draw: Callable = sample_tokens,
+        rows_at_once: Callable | None = None,
     ):
         self.model, self.decoder, self.draw = model, decoder, draw
+        self.rows_at_once = rows_at_once
         self.max_new_tokens, self.metrics = max_new_tokens, {}
         self.distribution = (temperature, top_p, top_k)
         self.ends = set(eos_token_ids)
@@ -228,8 +231,10 @@ class ModelSampler:
                     drawn = self._decode(prompt_ids or [[0]], seeds or [0])
                 return drawn[: len(prompt_ids)]
             with gathered(self.model), torch.inference_mode():
-                longest = max(map(len, prompt_ids), default=0) + self.max_new_tokens
-                rows = rows_at_once(self.model, longest)
+                rows = len(prompt_ids) or 1
+                if self.rows_at_once:
+                    longest = max(map(len, prompt_ids), default=0) + self.max_new_tokens
+                    rows = self.rows_at_once(self.model, longest)
                 drawn = []
                 for start in range(0, len(prompt_ids), rows):
                     part = slice(start, start + rows)
@@ -292,23 +297,6 @@ def distinct(prompt_ids: Rows, device: torch.device) -> tuple[list, Tensor]:
         row = rows.setdefault(tuple(prompt), len(rows))
         row_of.append(row)
     return list(rows), torch.tensor(row_of, device=device)
-
-
-def rows_at_once(model: torch.nn.Module, length: int) -> int:
-    """How many rows of `length` tokens half of the free memory has room for, one at least.
-
-    A row takes its keys and values, its logits, and what `sample_tokens` makes of these.
-    """
-    config = model.config.get_text_config()
-    parameter = next(model.parameters())
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    numbers = 2 * config.num_hidden_layers * key_heads * dim  # a token's keys and values
-    cache = parameter.itemsize * numbers * (length + ROOM)  # bytes
-    logits = 40 * config.vocab_size  # bytes, with all that is made of them
-    free = free_memory(parameter.device) // 2
-    return max(1, free // (cache + logits))
 
 
 # vLLM -------------------------------------------------------------------------------------------

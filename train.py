@@ -58,6 +58,7 @@ from run import (
     drift,
     health,
     log,
+    machine,
     models,
     placement,
     plan,
@@ -617,6 +618,7 @@ def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer)
     if args.use_vllm:
         return VLLMSampler(policy, world, placement.engine_for(args, world), **settings)
     settings["gather"] = args.ds3_gather_for_generation
+    settings["rows_at_once"] = machine.rows_at_once
     if is_fast(args):
         layerwise = dist.is_sharded(policy) and not settings["gather"]
         settings["decoder"] = fast.decoder_for(policy, layerwise)

@@ -11,10 +11,10 @@ from conftest import ARCHITECTURES, tiny_model
 
 import lora
 from dist import World
+from run import machine
 from run.engine import OnRank0
 from run.weights import WeightGroup, receive_weights, send_weights
 from sampler import (
-    ROOM,
     Completion,
     Decoder,
     ModelSampler,
@@ -155,12 +155,18 @@ def test_what_memory_has_no_room_for_is_decoded_later_and_comes_out_the_same(
             batches.append(len(row_of))
             super().__init__(model, prompts, row_of)
 
-    own = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12, decoder=Counted)
+    own = ModelSampler(
+        model,
+        eos_token_ids=ENDS,
+        max_new_tokens=12,
+        decoder=Counted,
+        rows_at_once=machine.rows_at_once,
+    )
     together = own.generate(prompts, range(12))
     batches.clear()
-    tokens = max(map(len, prompts)) + 12 + ROOM
+    tokens = max(map(len, prompts)) + 12 + machine.ROOM
     row = 2 * 4 * 3 * 2 * 8 * tokens + 40 * 97  # float32, 3 layers, 2 key heads of 8
-    monkeypatch.setattr("sampler.free_memory", lambda device: 2 * rows * row)
+    monkeypatch.setattr("run.machine.free_memory", lambda device: 2 * rows * row)
     assert [c.ids for c in own.generate(prompts, range(12))] == [c.ids for c in together]
     assert batches == waves
     assert own.generate([], []) == []
