@@ -622,7 +622,7 @@ def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer)
     if is_fast(args):
         layerwise = dist.is_sharded(policy) and not settings["gather"]
         settings["decoder"] = fast.decoder_for(policy, layerwise)
-        settings["draw"] = fast.sample_tokens
+        settings["draw"] = fast.draw_for(policy, args.temperature, args.top_p, args.top_k)
     return ModelSampler(policy, **settings)
 
 
