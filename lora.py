@@ -144,17 +144,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = True
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its layer, in place: a plain model again, as fast as the base."""
-    for name, module in list(layers(model)):
-        # Meta tensors take no memory until W and b take their places.
-        linear = nn.Linear(module.in_features, module.out_features, device="meta")
-        linear.weight = nn.Parameter(module.merged_weight(), requires_grad=False)
-        linear.bias = module.bias  # None where there was none
-        model.set_submodule(name, linear)
-    return model
-
-
 # Its weights, for a sampler ---------------------------------------------------------------------
 
 
