@@ -238,8 +238,10 @@ class SoftOverlong(ORM):
 
 
 def load_scorer(path, torch_dtype):
-    """The plain loader: a model, its tokenizer, and how many chats to score at once: without padding,
-    which some say wrongly how to do, one. run/scorer.py has more."""
+    """The plain loader: a model, its tokenizer, and how many chats to score at once: one.
+
+    More need padding, of which models' files often say nothing or what is wrong (run/scorer.py).
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch_dtype)

@@ -1,8 +1,8 @@
 """How new weights reach a running engine: one tensor at a time, each loaded as it comes.
 
-    rank 0    send_weights      ── announce: names, shapes, types, over a pipe ──>     engine
-                                ── WeightGroup.send: a tensor, and the next one ──>    receive_weights
-                                <── fingerprint of all that came, over the pipe ────
+    rank 0    send_weights      ── announce: names, shapes, types, by a pipe ──>   engine
+                                ── WeightGroup.send: one tensor, the next … ──>    receive_weights
+                                <── fingerprint of all that came, by the pipe ──
 
 run/engine.py has both ends; sampler.VLLMSampler says which weights, and when.
 """
