@@ -294,55 +294,7 @@ def encode(
     return kept, len(rows) - len(kept)
 
 
-def opening(tokenizer, prompt: list[dict], template=None) -> str:
-    """What the chat template opens behind the assistant's header, such as the "<think>" of R1's
-    distills: it is in the prompt, and part of the answer.
-
-    prompt: one that `encode` has taken. The header is what stands in front of what the assistant has
-    said earlier.
-    """
-    mark = "what the assistant says"
-    earlier = [*prompt, {"role": "assistant", "content": mark}, prompt[-1]]
-    settings = {"tokenize": False, **(template or {})}
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)
-    try:
-        header = tokenizer.apply_chat_template(earlier, **settings).partition(mark)[0]
-    except Exception:  # what a template may raise that takes no second question
-        header = None
-    if header and asked.startswith(header):
-        return asked.removeprefix(header)
-    tag = re.search(r"<\w+>\s*(</\w+>\s*)?$", asked)  # the header of the last turn is another one
-    return tag[0] if tag else ""
-
-
 # From prompts to batches ------------------------------------------------------------------------
-
-
-def split(rows: list[dict], ratio: float, seed: int = 42) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and the rows of `ratio` of the questions, at least one, to validate with.
-
-    Rows that differ in nothing but their system turns ask the same, and stay on the same side.
-    """
-    flag = f"--split_dataset_ratio {ratio}"
-    if not 0 < ratio < 1:
-        raise UsageError(f"{flag}: not a share of the rows; a number between 0 and 1 works")
-    asked = []
-    for row in rows:  # the same question from two datasets may stand behind two system turns
-        turns = [turn for turn in row["prompt"] if turn["role"] != "system"]
-        asked.append(json.dumps(turns))
-    # Each once. A set would do so, too, but in an order of its own in every process.
-    questions = list(dict.fromkeys(asked))
-    total = len(questions)
-    if total < 2:
-        raise UsageError(f"{flag}: {total} question cannot be split; two, or a --val_dataset, work")
-    count = max(1, round(ratio * total))
-    count = min(count, total - 1)  # or nothing would be left to train on
-    held_out = set(random.Random(seed).sample(questions, count))
-    train, val = [], []
-    for row, question in zip(rows, asked):
-        side = val if question in held_out else train
-        side.append(row)
-    return train, val
 
 
 def rows_at(first: int, count: int, num_rows: int, seed: int) -> list[int]:

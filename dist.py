@@ -37,7 +37,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -174,20 +173,6 @@ def has_bfloat16(device: torch.device) -> bool:
         return True
     able = torch.cpu.get_capabilities()
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take: of its GPU, or its share of the machine's memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # PyTorch holds on to what tensors leave behind, and fills it first.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not on Linux: whatever it takes
-        return 1 << 62
-    kilobytes = meminfo.read_text().partition("MemAvailable:")[2].split()[0]
-    return int(kilobytes) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 # ZeRO-2 -----------------------------------------------------------------------------------------

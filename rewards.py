@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data import UsageError, text_of
+from data import text_of
 
 
 @dataclass(frozen=True)
@@ -237,36 +237,28 @@ class SoftOverlong(ORM):
         return -min(max(beyond / self.cache, 0.0), 1.0)
 
 
+def load_scorer(path, torch_dtype):
+    """The plain loader: a model, its tokenizer, and how many chats to score at once: one.
+
+    More need padding, of which models' files often say nothing or what is wrong (run/scorer.py).
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch_dtype)
+    return model, AutoTokenizer.from_pretrained(path), 1
+
+
 class RewardModel:
     """A sequence classifier with one output, on prompt and completion in its own chat template."""
 
-    batch_size = 16
-
-    def __init__(self, path, torch_dtype, device):
+    def __init__(self, path, torch_dtype, device, load=load_scorer):
         self.path, self.torch_dtype, self.device = path, torch_dtype, device
-        self.model = None
+        self.load, self.model = load, None
 
     def start(self):
-        if self.model is not None:
-            return
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        load = AutoModelForSequenceClassification.from_pretrained
-        model, info = load(self.path, dtype=self.torch_dtype, output_loading_info=True)
-        if info["missing_keys"]:  # transformers made them up, at random
-            missing = ", ".join(info["missing_keys"])
-            raise UsageError(f"--reward_model {self.path}: its weights lack {missing}")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right")
-        # The score is read at a row's last token that is no padding: of what it was trained with.
-        config = model.config.get_text_config()
-        if config.pad_token_id in range(len(self.tokenizer)):  # some say -1
-            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(config.pad_token_id)
-        elif self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        config.pad_token_id = model.config.pad_token_id = self.tokenizer.pad_token_id
-        if self.tokenizer.pad_token is None:
-            self.batch_size = 1  # which needs no padding
-        self.model = model.to(self.device).eval()
+        if self.model is None:
+            model, self.tokenizer, self.batch_size = self.load(self.path, self.torch_dtype)
+            self.model = model.to(self.device).eval()
 
     def __call__(self, completions, *, prompts, **kwargs):
         import torch
@@ -302,6 +294,8 @@ class Rewards:
     Construction loads no model and starts no process: `start` does, or else the first call.
     """
 
+    load_scorer = staticmethod(load_scorer)
+
     def __init__(
         self, names, weights=None, *, judge=None, reward_model=None, device="cpu", **flags
     ):
@@ -323,7 +317,7 @@ class Rewards:
             function = self.accuracy if name == "accuracy" else self.make(name, flags)
             self.functions.append(function)
         if reward_model:
-            model = RewardModel(reward_model, flags["torch_dtype"], device)
+            model = RewardModel(reward_model, flags["torch_dtype"], device, self.load_scorer)
             self.functions.append(model)
             self.helpers.append(model)
             name = Path(reward_model).resolve().name

@@ -13,21 +13,21 @@ its own, named by its seed, so it comes out the same in whatever batch, on howev
 
 vLLM, `VLLMSampler`. The engine is a process of its own beside rank 0. All ranks' prompts go there
 together, and each rank gets its own completions back. After an optimizer step the policy's weights
-stream into the running engine, one tensor at a time (`send_weights`, `receive_weights`).
+stream into the running engine, one tensor at a time (`VLLMSampler._send`, run/weights.py).
 
     rank 0    ── names and shapes, over a pipe ──────────────────>   engine
               ── each tensor, over a process group of two ───────>   loads it over the old one
               <── fingerprint of all that came, over the pipe ────   must equal that of what was sent
 
-A sampler is anything with what `Sampler` lists. To try a new decoding idea, change
-`sample_tokens`. To make decoding quick, write another `Decoder`.
+A sampler is anything with what `Sampler` lists. To try a new way to draw, change `sample_tokens`: a
+run takes the quick one (fast/draw.py) only as long as both draw the same. What makes decoding quick
+stands in the place of `Decoder` (fast/decoder.py); --plain true takes the one here.
 """
 
-import datetime
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -38,10 +38,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import lora
-from dist import World, free_memory, full, gathered, is_sharded
+from dist import World, full, gathered, is_sharded
 from grpo import Rows, pad, positions
 
-ROOM = 16  # tokens that a row's cache may have room for beyond those in it
 GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # the likeliest token at any temperature
 COMPACT_AT = 0.75  # drop ended rows when this share is alive: copying the cache costs about a step
 
@@ -197,6 +196,8 @@ class ModelSampler:
     eos_token_ids: any of them ends a completion. top_k 0 and top_p 1.0 are off. They narrow what can
     be drawn, while log-probabilities stay those of softmax(logits / temperature), the distribution
     of the training objective. decoder, draw: what is plain here, or what stands in for it.
+    rows_at_once: from the model and a length in tokens to the rows that memory has room for; what
+    is beyond waits its turn. None decodes all together.
 
     Every rank calls `generate`, because sharded parameters (ZeRO-3) are gathered for it. With
     gather=False they are not: less memory, and each layer's parameters travel at every step.
@@ -214,8 +215,10 @@ class ModelSampler:
         gather: bool = True,
         decoder: type = Decoder,
         draw: Callable = sample_tokens,
+        rows_at_once: Callable | None = None,
     ):
         self.model, self.decoder, self.draw = model, decoder, draw
+        self.rows_at_once = rows_at_once
         self.max_new_tokens, self.metrics = max_new_tokens, {}
         self.distribution = (temperature, top_p, top_k)
         self.ends = set(eos_token_ids)
@@ -245,8 +248,10 @@ class ModelSampler:
                     drawn = self._decode(prompt_ids or [[0]], seeds or [0], distribution)
                 return drawn[: len(prompt_ids)]
             with gathered(self.model), torch.inference_mode():
-                longest = max(map(len, prompt_ids), default=0) + self.max_new_tokens
-                rows = rows_at_once(self.model, longest)
+                rows = len(prompt_ids) or 1
+                if self.rows_at_once:
+                    longest = max(map(len, prompt_ids), default=0) + self.max_new_tokens
+                    rows = self.rows_at_once(self.model, longest)
                 drawn = []
                 for start in range(0, len(prompt_ids), rows):
                     part = slice(start, start + rows)
@@ -309,23 +314,6 @@ def distinct(prompt_ids: Rows, device: torch.device) -> tuple[list, Tensor]:
         row = rows.setdefault(tuple(prompt), len(rows))
         row_of.append(row)
     return list(rows), torch.tensor(row_of, device=device)
-
-
-def rows_at_once(model: torch.nn.Module, length: int) -> int:
-    """How many rows of `length` tokens half of the free memory has room for, one at least.
-
-    A row takes its keys and values, its logits, and what `sample_tokens` makes of these.
-    """
-    config = model.config.get_text_config()
-    parameter = next(model.parameters())
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    numbers = 2 * config.num_hidden_layers * key_heads * dim  # a token's keys and values
-    cache = parameter.itemsize * numbers * (length + ROOM)  # bytes
-    logits = 40 * config.vocab_size  # bytes, with all that is made of them
-    free = free_memory(parameter.device) // 2
-    return max(1, free // (cache + logits))
 
 
 # vLLM -------------------------------------------------------------------------------------------
@@ -396,60 +384,3 @@ class VLLMSampler:
         merged = lora.merged_parameters(self.model)
         weights = ((name, full(tensor)) for name, tensor in merged)
         self.engine.load(announced, weights, collective=is_sharded(self.model))
-
-
-def send_weights(engine, announced: list[tuple], weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Stream weights into the engine, which loads each as it comes: the trainer's end.
-
-    announced: (name, shape, dtype) of each, in their order. SamplerError if others arrived.
-    """
-    engine.announce(announced)
-    for name, tensor in weights:
-        engine.send(name, tensor)
-    engine.check_arrived()
-
-
-def receive_weights(group: "WeightGroup", announced: list[tuple], load: Callable) -> None:
-    """What `send_weights` sends, as it arrives: the engine's end.
-
-    load: a function of an iterator over (name, tensor).
-    """
-
-    def arriving() -> Iterator[tuple[str, Tensor]]:
-        for name, shape, dtype in announced:
-            yield name, group.receive(shape, dtype)
-
-    load(arriving())
-
-
-class WeightGroup:
-    """A process group of two beside all others: the trainer, 0, and the engine, 1, which run on one
-    machine. backend: nccl between two GPUs, or gloo."""
-
-    def __init__(self, store: torch_dist.Store, rank: int, backend: str, device: torch.device):
-        self.backend = backend
-        if backend == "nccl":
-            self.device, self.group = device, torch_dist.ProcessGroupNCCL(store, rank, 2)
-            return
-        options = torch_dist.ProcessGroupGloo._Options()
-        options._devices = [torch_dist.ProcessGroupGloo.create_device(interface="lo")]
-        options._timeout = datetime.timedelta(seconds=20)  # in which the two, who wait, must meet
-        self.device = torch.device("cpu")
-        self.group = torch_dist.ProcessGroupGloo(store, rank, 2, options)
-
-    def send(self, tensor: Tensor, is_there: Callable[[], bool], timeout: float) -> None:
-        """ConnectionError when the engine is not there any more."""
-        work = self.group.send([tensor], 1, 0)
-        # gloo fails when its peer is gone; NCCL would wait for ever.
-        while self.backend == "nccl" and not work.is_completed():
-            if not is_there():
-                self.group.abort()
-                raise ConnectionError("the engine is gone")
-            time.sleep(1e-4)
-        work.wait(datetime.timedelta(seconds=timeout))
-
-    def receive(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        # The trainer watches, and its end is the engine's, so this waits as long as it takes.
-        self.group.recv([tensor], 0, 0).wait(datetime.timedelta(days=1))
-        return tensor

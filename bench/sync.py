@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lora  # noqa: E402
 from dist import has_bfloat16  # noqa: E402
 from run.engine import Engine  # noqa: E402
-from sampler import WeightGroup, send_weights  # noqa: E402
+from run.weights import WeightGroup, send_weights  # noqa: E402
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ import dist
 import grpo
 from fast import adapters, decoder, remade
 from fast.cpu import use_cpu_well
-from fast.draw import sample_tokens
+from fast.draw import draw_for, sample_tokens
 from fast.head import LOGITS_AT_ONCE, head_is_plain, logps_from_hidden_states
 from fast.packed import MAX_SCORES, QUERIES_AT_ONCE, completion_hidden_states
 from grpo import Rows
@@ -38,6 +38,7 @@ __all__ = [
     "QUERIES_AT_ONCE",
     "completion_logps",
     "decoder_for",
+    "draw_for",
     "prepare",
     "sample_tokens",
     "use_cpu_well",

@@ -28,7 +28,9 @@ from fast import adapters
 from fast.head import logits_from_hidden_states
 from fast.packed import Pack
 from grpo import pad
-from sampler import ROOM, Decoder
+from sampler import Decoder
+
+ROOM = 16  # tokens that a row's cache may have room for beyond those in it (run/machine.py)
 
 
 def choose(model: nn.Module, layerwise: bool = False) -> type[Decoder]:

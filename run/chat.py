@@ -77,6 +77,7 @@ class Model:
         turns, the oldest are left out, in place."""
         import data
         import train
+        from run import templates
 
         tokenizer, args = self.run.tokenizer, self.args
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -93,7 +94,7 @@ class Model:
                     f"has room for with --max_completion_length {args.max_completion_length}"
                 )
             del turns[:2]
-        opened = data.opening(tokenizer, prompt, self.template) + args.response_prefix
+        opened = templates.opening(tokenizer, prompt, self.template) + args.response_prefix
         if opened:
             yield opened
         seed = train.seed_of(args.seed, len(turns), 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import data
 from data import UsageError
-from run import checkpoints, combinations, models, placement, readers
+from run import checkpoints, combinations, models, placement, readers, templates
 from run.fingerprint import Fingerprint
 from run.judge import Judge
 from run.log import say
@@ -140,11 +140,11 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
     if (
         combinations.evaluates(args) and not args.val_dataset
     ):  # only now: --max_length leaves no side empty
-        train_rows, val_rows = data.split(train_rows, args.split_dataset_ratio, args.seed)
+        train_rows, val_rows = readers.split(train_rows, args.split_dataset_ratio, args.seed)
     for note in rewards.notes:
         say(world, note)
     first = (train_rows or val_rows)[0]  # an evaluation has no rows to train on
-    opened = data.opening(tokenizer, first["prompt"], models.template_of(args))
+    opened = templates.opening(tokenizer, first["prompt"], models.template_of(args))
     opening = opened + args.response_prefix
     return Inputs(tokenizer, train_rows, val_rows, rewards, opening)
 

@@ -6,7 +6,7 @@
     announce, send  ── weights ────>    load_weights  then their fingerprint
 
 Commands and replies are pickled tuples over a pipe; weights have a process group of their own
-(sampler.WeightGroup). An engine that ends, or says nothing for --vllm_timeout seconds, is killed,
+(weights.WeightGroup). An engine that ends, or says nothing for --vllm_timeout seconds, is killed,
 and what waits for it fails with a SamplerError that names its log. It ends when the trainer does.
 
 To sample with another engine, write a class with the two methods of `OnRank0` that
@@ -35,7 +35,8 @@ from torch import Tensor
 
 from run import stop
 from run.fingerprint import Fingerprint
-from sampler import Completion, SamplerError, WeightGroup, receive_weights, send_weights
+from run.weights import WeightGroup, receive_weights, send_weights
+from sampler import Completion, SamplerError
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINING = "joining"  # in the store of trainer and engine

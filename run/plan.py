@@ -279,7 +279,7 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
             longest = at_least = max(map(len, prompts))
             if not getattr(config, "sliding_window", None):
                 shared = len(os.path.commonprefix([ids[:-1] for ids in prompts]))
-        rows = len(data.split(table, args.split_dataset_ratio, args.seed)[0] if split else table)
+        rows = len(readers.split(table, args.split_dataset_ratio, args.seed)[0] if split else table)
     elif all("#" in name for name in args.dataset):
         for name in args.dataset:
             if not re.fullmatch("0*[1-9][0-9]*", name.rpartition("#")[2]):

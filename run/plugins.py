@@ -122,6 +122,8 @@ class CheckedRewards(Rewards):
     RewardError if a reward fails on a batch, which is then kept in output_dir.
     """
 
+    load_scorer = staticmethod(scorer.load)
+
     def __init__(self, names, weights=None, *, reward_model=None, output_dir=None, **flags):
         names = list(names or [])
         check_names(names, reward_model)

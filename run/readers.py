@@ -11,6 +11,7 @@ import csv
 import difflib
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -122,6 +123,33 @@ def read_system(value: str | None) -> str | None:
         works = "a text file or text works"
         raise UsageError(f"--system {value}: {one_line(error)}; {works}") from error
     return text
+
+
+def split(rows: list[dict], ratio: float, seed: int = 42) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and the rows of `ratio` of the questions, at least one, to validate with.
+
+    Rows that differ in nothing but their system turns ask the same, and stay on the same side.
+    """
+    flag = f"--split_dataset_ratio {ratio}"
+    if not 0 < ratio < 1:
+        raise UsageError(f"{flag}: not a share of the rows; a number between 0 and 1 works")
+    asked = []
+    for row in rows:  # the same question from two datasets may stand behind two system turns
+        turns = [turn for turn in row["prompt"] if turn["role"] != "system"]
+        asked.append(json.dumps(turns))
+    # Each once. A set would do so, too, but in an order of its own in every process.
+    questions = list(dict.fromkeys(asked))
+    total = len(questions)
+    if total < 2:
+        raise UsageError(f"{flag}: {total} question cannot be split; two, or a --val_dataset, work")
+    count = max(1, round(ratio * total))
+    count = min(count, total - 1)  # or nothing would be left to train on
+    held_out = set(random.Random(seed).sample(questions, count))
+    train, val = [], []
+    for row, question in zip(rows, asked):
+        side = val if question in held_out else train
+        side.append(row)
+    return train, val
 
 
 def map_in_processes(count: int):

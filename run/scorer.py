@@ -1,4 +1,5 @@
-"""A reward model without its weights: whether it can score the prompts and completions of a run."""
+"""A reward model: whether it can score the prompts and completions of a run, before its weights are
+read, and then how it is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from data import UsageError, one_line
 from run import models
+
+BATCH_SIZE = 16  # chats scored at once
 
 
 def check(path: str) -> "Checked":
@@ -69,3 +72,25 @@ def missing_head(path: str, config) -> list[str]:
     body = f"{model.base_model_prefix}."
     head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
     return head if there and there.isdisjoint(head) else []
+
+
+def load(path: str, torch_dtype) -> tuple:
+    """As `rewards.load_scorer`: a model, its tokenizer, and how many chats to score at once.
+
+    UsageError if the weights lack some, which transformers would make up at random.
+    """
+    from_pretrained = AutoModelForSequenceClassification.from_pretrained
+    model, info = from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = ", ".join(info["missing_keys"])
+        raise UsageError(f"--reward_model {path}: its weights lack {missing}")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+    # The score is read at a row's last token that is no padding: of what it was trained with.
+    config = model.config.get_text_config()
+    if config.pad_token_id in range(len(tokenizer)):  # some say -1
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    needs_none = tokenizer.pad_token is None  # one at a time
+    return model, tokenizer, 1 if needs_none else BATCH_SIZE

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dist
-from run import adapters, checks, log, models, placement
+from run import adapters, checks, log, machine, models, placement
 from sampler import ModelSampler, Sampler, VLLMSampler
 
 
@@ -91,10 +91,11 @@ def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer,
     if args.use_vllm:
         return VLLMSampler(policy, world, placement.engine_for(args, world), **settings)
     settings["gather"] = args.ds3_gather_for_generation
+    settings["rows_at_once"] = machine.rows_at_once
     if fast:
         layerwise = dist.is_sharded(policy) and not settings["gather"]
         settings["decoder"] = fast.decoder_for(policy, layerwise)
-        settings["draw"] = fast.sample_tokens
+        settings["draw"] = fast.draw_for(policy, args.temperature, args.top_p, args.top_k)
     return ModelSampler(policy, **settings)
 
 

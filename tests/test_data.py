@@ -466,17 +466,17 @@ def asked(rows):
 
 def test_a_split_takes_its_share_and_never_overlaps(write):
     rows = data.load_rows([write([{"question": f"q{i % 150}", "id": i} for i in range(300)])])
-    train, val = data.split(rows, 0.1, 42)
+    train, val = readers.split(rows, 0.1, 42)
     assert sorted(row["id"] for row in train + val) == list(range(300))
     assert not asked(train) & asked(val) and len(asked(val)) == 15 and len(val) == 30
-    assert (train, val) == data.split(rows, 0.1, 42) and val != data.split(rows, 0.1, 43)[1]
+    assert (train, val) == readers.split(rows, 0.1, 42) and val != readers.split(rows, 0.1, 43)[1]
 
 
 def test_a_split_sees_the_question_under_any_system_turn(write):
     rows = data.load_rows(
         [write([{"messages": [system(s), user(q)]} for s in "xy" for q in "abc"])]
     )
-    train, val = data.split(rows, 0.5, 42)
+    train, val = readers.split(rows, 0.5, 42)
     assert not asked(train) & asked(val)
 
 
@@ -484,17 +484,17 @@ def test_a_split_sees_the_question_under_any_system_turn(write):
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_neither_side_of_a_split_is_ever_empty(write, ratio, count):
     rows = data.load_rows([write([{"question": f"q{i}"} for i in range(count)])])
-    train, val = data.split(rows, ratio, 42)
+    train, val = readers.split(rows, ratio, 42)
     assert train and val and len(train) + len(val) == count
 
 
 def test_an_impossible_split_is_one_line(write):
     one = data.load_rows([write([{"question": "a"}] * 5)])
-    assert error_of(data.split, one, 0.1, 42).startswith(
+    assert error_of(readers.split, one, 0.1, 42).startswith(
         "--split_dataset_ratio 0.1: 1 question cannot be split"
     )
     for ratio in (0, 1, -0.1, 2.0, float("nan")):
-        assert error_of(data.split, one, ratio, 42).startswith(
+        assert error_of(readers.split, one, ratio, 42).startswith(
             f"--split_dataset_ratio {ratio}: not a share"
         )
 

@@ -174,18 +174,6 @@ def test_without_a_store_ranks_meet_where_torchrun_says(tmp_path):
         assert [rank.end(timeout=60) for rank in ranks] == [(0, "[0, 1] False gloo\n")] * 2
 
 
-def test_processes_of_a_machine_share_its_free_memory(monkeypatch, tmp_path):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < dist.free_memory(torch.device("cpu")) < installed
-    file = tmp_path / "meminfo"
-    file.write_text("MemFree: 10 kB\nMemAvailable:   4096 kB\nCached: 20 kB\n")
-    monkeypatch.setattr(dist, "Path", lambda _: file)
-    assert dist.free_memory(torch.device("cpu")) == 4 << 20
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert dist.free_memory(torch.device("cpu")) == 1 << 20
-
-
 # AdamW --------------------------------------------------------------------------------------------
 
 

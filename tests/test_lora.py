@@ -150,10 +150,9 @@ def test_a_merged_model_equals_the_adapted_one(architecture):
     plain = [name for name, _ in tiny_model(architecture).named_parameters()]
     merged = {name: tensor.clone() for name, tensor in lora.merged_parameters(model)}
     assert list(merged) == [name for name, _ in lora.plain_parameters(model)] == plain
-    lora.merge(model)
-    assert all(torch.equal(merged[name], p) for name, p in model.named_parameters())
-    torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=1e-5)
-    assert not list(lora.layers(model))
+    whole = tiny_model(architecture)
+    whole.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(whole(IDS).logits, before, atol=1e-5, rtol=1e-5)
 
 
 def test_without_adapters_the_model_is_its_base_bit_for_bit():

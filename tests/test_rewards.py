@@ -19,7 +19,6 @@ import pytest
 from fixtures.rewards.classifier import save_classifier
 
 import rewards
-from data import UsageError
 from rewards import CRASH, RIGHT, TIMEOUT, UNREADABLE, WRONG, Rewards, final_answer, orms, total
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,14 +324,3 @@ def test_a_reward_model_alone_and_one_named_like_a_reward(tmp_path):
     reward = Rewards([], reward_model=path)
     ((value,),) = run(reward, ["good"])
     assert math.isfinite(value) and str(reward.functions[-1].model.dtype) == "torch.bfloat16"
-
-
-def test_a_reward_model_whose_files_lack_its_head_is_not_made_up(tmp_path):
-    import torch
-    from safetensors.torch import load_file
-
-    pickled = Path(save_classifier(tmp_path / "pickled", architecture="LlamaForCausalLM"))
-    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
-    (pickled / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="its weights lack score.weight"):
-        Rewards([], reward_model=str(pickled)).start()

@@ -11,18 +11,16 @@ from conftest import ARCHITECTURES, tiny_model
 
 import lora
 from dist import World
+from run import machine
 from run.engine import OnRank0
+from run.weights import WeightGroup, receive_weights, send_weights
 from sampler import (
-    ROOM,
     Completion,
     Decoder,
     ModelSampler,
     SamplerError,
     VLLMSampler,
-    WeightGroup,
-    receive_weights,
     sample_tokens,
-    send_weights,
 )
 
 ENDS = [2, *range(11, 21)]  # many end-of-sequence tokens, so that rows end at different times
@@ -157,12 +155,18 @@ def test_what_memory_has_no_room_for_is_decoded_later_and_comes_out_the_same(
             batches.append(len(row_of))
             super().__init__(model, prompts, row_of)
 
-    own = ModelSampler(model, eos_token_ids=ENDS, max_new_tokens=12, decoder=Counted)
+    own = ModelSampler(
+        model,
+        eos_token_ids=ENDS,
+        max_new_tokens=12,
+        decoder=Counted,
+        rows_at_once=machine.rows_at_once,
+    )
     together = own.generate(prompts, range(12))
     batches.clear()
-    tokens = max(map(len, prompts)) + 12 + ROOM
+    tokens = max(map(len, prompts)) + 12 + machine.ROOM
     row = 2 * 4 * 3 * 2 * 8 * tokens + 40 * 97  # float32, 3 layers, 2 key heads of 8
-    monkeypatch.setattr("sampler.free_memory", lambda device: 2 * rows * row)
+    monkeypatch.setattr("run.machine.free_memory", lambda device: 2 * rows * row)
     assert [c.ids for c in own.generate(prompts, range(12))] == [c.ids for c in together]
     assert batches == waves
     assert own.generate([], []) == []
@@ -204,10 +208,12 @@ def test_weights_are_merged_without_touching_the_model():
     assert list(merged) == names == [name for name, _ in lora.plain_parameters(model)]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
-    plain = dict(lora.merge(model).named_parameters())
-    assert all(torch.equal(merged[name], plain[name]) for name in names)
+    for name, layer in lora.layers(model):
+        change = 2.0 * layer.lora_B @ layer.lora_A  # 8 / 4
+        before[f"{name}.weight"] = (layer.weight.float() + change).to(torch.bfloat16)
+    assert all(torch.equal(merged[name], before[name]) for name in names)
     adapted = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(merged[adapted], before[adapted])
+    assert not torch.equal(merged[adapted], model.get_parameter(adapted))
 
 
 class ThreadEngine:

@@ -9,8 +9,8 @@ from test_sampler import ENDS, prompts_of
 
 import fast
 import lora
-from fast.decoder import LlamaDecoder, PackedDecoder
-from sampler import ROOM, Decoder, ModelSampler
+from fast.decoder import ROOM, LlamaDecoder, PackedDecoder
+from sampler import Decoder, ModelSampler
 
 LIKE_LLAMA = ["llama", "llama-mha", "qwen2", "qwen3"]
 OF_ANOTHER_SHAPE = [name for name in ARCHITECTURES if name not in LIKE_LLAMA]

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import fast
 import sampler
+
+PLAIN = sampler.sample_tokens
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (0.9, 40)])
@@ -28,3 +31,27 @@ def test_no_uniform_number_draws_a_token_of_probability_zero():
     logits[:, 400:500] = torch.randn(100)
     tokens, _ = fast.sample_tokens(logits, torch.tensor([0.0, 1 - 2**-24, 0.5]), 1.0)
     assert ((tokens >= 400) & (tokens < 500)).all()
+
+
+def least_probability(logits, uniforms, temperature, top_p=1.0, top_k=0):
+    """Somebody's idea: nothing is drawn that has less than a twentieth of the likeliest's share."""
+    probabilities = (logits.float() / temperature).softmax(-1)
+    unlikely = probabilities < 0.05 * probabilities.max(-1, keepdim=True).values
+    return PLAIN(logits.masked_fill(unlikely, -torch.inf), uniforms, temperature, top_p, top_k)
+
+
+def without_a_token(logits, *settings):
+    logits[:, 7] = -torch.inf
+    return PLAIN(logits, *settings)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 5_000])
+@pytest.mark.parametrize("settings", [(0.9, 1.0, 0), (0.7, 0.9, 0), (1.0, 0.95, 50)])
+def test_whoever_changes_the_plain_way_to_draw_gets_it(vocabulary, settings, monkeypatch):
+    model = tiny_model(vocab_size=vocabulary)
+    assert fast.draw_for(model, *settings) is fast.sample_tokens
+    monkeypatch.setattr("sampler.sample_tokens", without_a_token)
+    if not settings[2]:  # the largest 50 need not have it
+        assert fast.draw_for(model, *settings) is without_a_token
+    monkeypatch.setattr("sampler.sample_tokens", least_probability)
+    assert fast.draw_for(model, *settings) is least_probability

@@ -15,7 +15,7 @@ import data
 import dist
 import grpo
 import train
-from run import checkpoints, drift, flags
+from run import drift, flags, folder
 from run.combinations import check_objective, check_reference
 from sampler import Completion
 
@@ -120,7 +120,7 @@ def test_a_rollout_of_several_steps_is_walked_in_parts(model_folder, plugin, tmp
     ]
     close(lines, read_metrics(tmp_path / "same"))
     # Saved and evaluated where a rollout ends.
-    assert [path.name for path in checkpoints.checkpoints(tmp_path / "two")] == [
+    assert [path.name for path in folder.checkpoints(tmp_path / "two")] == [
         "checkpoint-2",
         "checkpoint-4",
     ]
@@ -154,7 +154,8 @@ class Alone:
 def batch_of(prompts, completions, rewards):
     drawn = [Completion(ids, [0.0] * len(ids), True) for ids in completions]
     rewards = torch.tensor(rewards)
-    return train.Batch(prompts, drawn, [[r] for r in rewards.tolist()], rewards, rewards * 0, {})
+    rows = [{"prompt_ids": ids} for ids in prompts]
+    return train.Batch(rows, drawn, [[r] for r in rewards.tolist()], rewards, rewards * 0, {})
 
 
 def test_the_kl_in_the_reward_is_that_of_the_whole_completion():
@@ -342,28 +343,28 @@ def train_in_turns(runs: list[list[str]], ports: list[int]) -> None:
 @pytest.fixture(scope="module")
 def family(model_folder, coin, tmp_path_factory):
     """Each combination as a whole, in micro-batches, resumed, and on two ranks."""
-    folder = tmp_path_factory.mktemp("family")
+    home = tmp_path_factory.mktemp("family")
     runs = {"whole": [], "micro": [], "resumed": [], "ranks": []}
     for i, changes in enumerate(drawn(DRAWN)):
         for name, size, accumulation in (("whole", 16, 1), ("micro", 8, 2), ("ranks", 8, 1)):
-            own = folder / f"{name}-{i}"
+            own = home / f"{name}-{i}"
             runs[name].append(words_of(changes, size, accumulation, model_folder, coin, own))
-        whole, resumed = folder / f"whole-{i}", folder / f"resumed-{i}"
+        whole, resumed = home / f"whole-{i}", home / f"resumed-{i}"
         words = words_of(changes, 16, 1, model_folder, coin, resumed)
         runs["resumed"].append((words, whole))
     jobs = []
     ports = [free_port() for _ in range(DRAWN)]
     for place in places(2, LOCAL_WORLD_SIZE=2):
         jobs.append((train_in_turns, (runs["ranks"], ports), place | {"LOCAL_RANK": place["RANK"]}))
-    with forked(folder / "ranks", *jobs) as ranks:
+    with forked(home / "ranks", *jobs) as ranks:
         for words in runs["whole"] + runs["micro"]:
             train_here(*words)
         for words, whole in runs["resumed"]:
-            first = checkpoints.checkpoints(whole)[0]
+            first = folder.checkpoints(whole)[0]
             train_here(*words, "--resume_from_checkpoint", first)
         ends = [rank.end(timeout=600) for rank in ranks]
     assert [status for status, _ in ends] == [0, 0], ends
-    return folder
+    return home
 
 
 @pytest.mark.parametrize("other", ["micro", "resumed", "ranks"])

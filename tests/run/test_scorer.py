@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from fixtures.rewards.classifier import TEMPLATE, WORDS, save_classifier
+from safetensors.torch import load_file
 
 from data import UsageError
 from rewards import RewardModel
@@ -67,7 +68,7 @@ def padding(folder: Path, kind: str) -> str:
     "kind", ["none", "none that exists", "end of sequence", "the model's own", "stated"]
 )
 def test_a_score_does_not_depend_on_what_lies_beside_it(kind, tmp_path):
-    model = RewardModel(padding(tmp_path / "model", kind), torch.float32, "cpu")
+    model = RewardModel(padding(tmp_path / "model", kind), torch.float32, "cpu", scorer.load)
     prompts = [[{"role": "user", "content": "good " * n}] for n in (1, 17, 6)]
     said = ["3", "good bad 4 5 6 7 8 9", "bad ?"]
     together = model(said, prompts=prompts)
@@ -78,7 +79,7 @@ def test_a_score_does_not_depend_on_what_lies_beside_it(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["none", "stated"])
 def test_a_score_is_that_of_the_last_token_of_the_chat(kind, tmp_path):
     path = padding(tmp_path / "model", kind)
-    model = RewardModel(path, torch.float32, "cpu")
+    model = RewardModel(path, torch.float32, "cpu", scorer.load)
     (score,) = model(["good 7"], prompts=[[USER]])
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     chat = "<user> good ? 3 . <assistant> good 7 . "
@@ -98,3 +99,11 @@ def test_a_model_of_text_and_images_is_checked_by_its_text_model(tmp_path):
     )
     with pytest.raises(UsageError, match="reads 48 tokens"):
         scorer.check(str(tmp_path)).check_prompts([[USER]], 40)
+
+
+def test_a_reward_model_whose_files_lack_its_head_is_not_made_up(tmp_path):
+    pickled = Path(save_classifier(tmp_path / "pickled", architecture="LlamaForCausalLM"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="its weights lack score.weight"):
+        scorer.load(str(pickled), torch.float32)

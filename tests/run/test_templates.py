@@ -9,6 +9,7 @@ import data
 import sampler
 import train
 from data import UsageError
+from run import templates
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -55,7 +56,7 @@ OPENINGS = [
 def test_what_a_template_opens_is_told_from_its_header(template, more, opened, own_tokenizer):
     own_tokenizer.chat_template = template
     user = {"role": "user", "content": "a"}
-    assert data.opening(own_tokenizer, [user], more) == opened
+    assert templates.opening(own_tokenizer, [user], more) == opened
 
 
 def test_a_template_that_takes_one_question_alone_opens_what_its_prompt_ends_in(own_tokenizer):
@@ -65,7 +66,7 @@ def test_a_template_that_takes_one_question_alone_opens_what_its_prompt_ends_in(
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
     for strict in (one, system, one + system):
         own_tokenizer.chat_template = strict + CHATML.replace("OPENED", "<think>\n")
-        assert data.opening(own_tokenizer, prompt) == "<think>\n"
+        assert templates.opening(own_tokenizer, prompt) == "<think>\n"
 
 
 @pytest.mark.parametrize("special", [(), ("<think>", "</think>"), ("<answer>", "</answer>")])
