@@ -23,11 +23,11 @@ CURRENCY = "|".join(re.escape(name) for name in CURRENCIES)
 SIGN = re.compile(rf"([+-]?) ?({CURRENCY})? ?([+-]?) ?(?=[0-9.])")
 POWER = r" ?\^ ?[{(]? ?([+-]?[0-9]{1,3}) ?[})]?"
 MIXED = re.compile(r"([0-9]{1,9}) (?:and )?([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![0-9.])")
-RATIO = re.compile(rf"({DECIMAL}) ?/ ?({DECIMAL})(?![0-9.])")
+RATIO = re.compile(rf"({DECIMAL}) ?/ ?({DECIMAL})(?![0-9.]| ?[\^!])")
 SCIENTIFIC = re.compile(
     rf"({DECIMAL})(?:[eE]([+-]?[0-9]{{1,3}})| ?(?:\\times|\\cdot|\*|x) ?10{POWER})"
 )
-POWERS = re.compile(rf"([0-9]{{1,6}}){POWER}")
+POWERS = re.compile(rf"(?=[0-9.])({DECIMAL}){POWER}")
 FACTORIAL = re.compile(r"([0-9]{1,3})!(?!!)")
 PERCENT = re.compile(r" ?(?:%|per ?cent\b|percentage\b|pct\b)")
 SCALE = re.compile(r" ?(hundred|thousand|million|billion|trillion)\b")
@@ -122,9 +122,9 @@ def unsigned(text: str) -> tuple[Fraction, int] | None:
         return (above / below, match.end()) if below else None
     if (match := SCIENTIFIC.match(text)) and match[1]:
         return fraction(match[1]) * Fraction(10) ** int(match[2] or match[3]), match.end()
-    if match := POWERS.match(text):
-        base, exponent = int(match[1]), int(match[2])
-        return (Fraction(base) ** exponent, match.end()) if base else None
+    if (match := POWERS.match(text)) and len(match[1]) <= 12:
+        base, exponent = fraction(match[1]), int(match[2])
+        return (base**exponent, match.end()) if base else None
     if match := FACTORIAL.match(text):
         return Fraction(factorial(int(match[1]))), match.end()
     match = re.match(DECIMAL, text)
@@ -141,6 +141,9 @@ def unit_of(text: str) -> str | None:
     while match := UNIT_PARTS.match(text, end):
         end = match.end()
         if not match[1]:  # a slash, an exponent
+            if words[-1:] in ([], ["/"]):  # of nothing: 1.5^2 is a power, 3//4 is nothing
+                if not match[2] or words:
+                    return None
             words += [match[2]] if match[2] else []
             continue
         known = UNITS.get(match[1], "")
@@ -153,6 +156,8 @@ def unit_of(text: str) -> str | None:
         if not set(words) - SQUARES:  # the h of km/h is not what is counted
             unit = unit or known
         words.append(match[1])
+    if words[-1:] == ["/"]:
+        return None
     return unit if end == len(text) and len(words) <= 8 else None
 
 
