@@ -45,6 +45,7 @@ from run.notation import (
     plain,
 )
 from run.quantities import decimal, decimals, number, same_number
+from run.units import CURRENCY, amount, compound
 
 # Letters, bases, words -------------------------------------------------------------------------
 
@@ -64,11 +65,14 @@ SEVERAL = re.compile(
     r"[+-]?\$?[0-9][0-9,.]*(?<!,)"
     r"(?:[\s=…][\s=….]*[+-]?\$?[0-9][0-9,.]*(?<!,))+"
 )
-# math_verify would read `5 hours 30 minutes` as a number, and the 5 of `5t`.
-COMPOUND = re.compile(r"-?[0-9][0-9.,]* ?[A-Za-z]+(?:,? (?:and )?[0-9][0-9.,]* ?[A-Za-z]+)+")
+PARTS = (
+    r" (?:squared|cubed|factorial|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|"
+    r"tenths|hundredths|thousandths)"
+)
+# math_verify would read the 5 of `5t`, and of `$5t`.
 ALTERED = re.compile(
-    r"-?[0-9][0-9.,]*(?:(?![gmshloLVWJNKCF])[A-Za-z]| (?:squared|cubed|factorial|halves|thirds|"
-    r"fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)\b.*)"
+    rf"[+-]?(?:[0-9][0-9.,]*(?:(?![gmshloLVWJNKCF])[A-Za-z]|{PARTS}\b.*)"
+    rf"|(?:{CURRENCY}) ?[+-]?[0-9][0-9.,]*(?:[A-Za-z]|{PARTS}\b).*)"
 )
 SHOUTED = {"YES", "NO", "TRUE", "ODD", "EVEN", "NONE"}
 
@@ -133,7 +137,7 @@ def read_verdict(answer: str, reference: str) -> str | None:
     if max(len(answer), len(reference)) > LONGEST:
         return WRONG if SEVERAL.fullmatch(answer) else None
     said = letter_verdict(answer, reference)
-    if said is None and not is_prose(answer):
+    if said is None and (not is_prose(answer) or number(answer) or compound(answer)):
         said = base_verdict(answer, reference) or number_verdict(answer, reference)
     return said or word_verdict(answer, reference)
 
@@ -175,11 +179,23 @@ def number_verdict(answer, reference):
     a, b = map(number, sides)
     if a and b:
         return mark(same_number(a, b))
+    if said := amount_verdict(*sides, a, b):
+        return said
     if SEVERAL.fullmatch(answer):
         return WRONG
-    if b and (COMPOUND.fullmatch(answer) or ALTERED.fullmatch(answer)):
+    if b and ALTERED.fullmatch(answer):
         return WRONG
     return WRONG if a and ALTERED.fullmatch(reference) else None
+
+
+def amount_verdict(answer, reference, a, b):
+    """Of amounts in two units, which alone are converted; a, b: the texts as numbers, if they are."""
+    said, wanted = compound(answer), compound(reference)
+    if said is None and wanted is None:
+        return None
+    said = said or (a and amount(a.value, a.unit))
+    wanted = wanted or (b and amount(b.value, b.unit))
+    return mark(said is not None and said == wanted)
 
 
 def word_verdict(answer, reference):

@@ -1,10 +1,9 @@
 r"""Quantities: what a plain text such as `$18.90`, `2 1/2 cups` or `6.02e23` is worth, exactly.
 
-    "13 1/2 %" ── number ──> Number(27/2, percent)        "-5 km/h" ──> Number(-5, unit="km")
+    "13 1/2 %" ── number ──> Number(27/2, percent)        "-5 km" ──> Number(-5, unit=Unit("km"))
 
 Values are fractions, so that no digit is lost. Nothing here takes long: a text of more than 100
-characters is no number, and neither is one with an exponent of more than three digits. Units are
-read, never converted. To let another unit or currency count, add it to a table below.
+characters is no number, and neither is one with an exponent of more than three digits.
 """
 
 import re
@@ -12,14 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import factorial
 
-from run.notation import NAMES
+from run.units import CURRENCIES, CURRENCY, Unit, same_unit, unit_of
 
 DECIMAL = r"(?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
 # An optional sign and currency, digits with or without thousands separators, a fraction.
 PLAIN_NUMBER = re.compile(rf"([+-]?)(?:\\?\$)?({DECIMAL})")
-CURRENCIES = {"$": "dollar", "US$": "dollar", "USD": "dollar", "€": "euro", "EUR": "euro"}
-CURRENCIES |= {"Rs.": "rupee", "Rs": "rupee", "₹": "rupee", "INR": "rupee", "£": "", "¥": ""}
-CURRENCY = "|".join(re.escape(name) for name in CURRENCIES)
 SIGN = re.compile(rf"([+-]?) ?({CURRENCY})? ?([+-]?) ?(?=[0-9.])")
 POWER = r" ?\^ ?[{(]? ?([+-]?[0-9]{1,3}) ?[})]?"
 MIXED = re.compile(r"([0-9]{1,9}) (?:and )?([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![0-9.])")
@@ -32,50 +28,9 @@ FACTORIAL = re.compile(r"([0-9]{1,3})!(?!!)")
 PERCENT = re.compile(r" ?(?:%|per ?cent\b|percentage\b|pct\b)")
 SCALE = re.compile(r" ?(hundred|thousand|million|billion|trillion)\b")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-
-UNITS = {
-    name: unit
-    for unit, names in {
-        "mm": "mm millimeter millimeters millimetre millimetres",
-        "cm": "cm centimeter centimeters centimetre centimetres",
-        "m": "m meter meters metre metres",
-        "km": "km kmh kph kmph kilometer kilometers kilometre kilometres",
-        "inch": "in inch inches",
-        "foot": "ft foot feet",
-        "yard": "yd yard yards",
-        "mile": "mi mph mile miles",
-        "mg": "mg milligram milligrams",
-        "g": "g gram grams",
-        "kg": "kg kilogram kilograms",
-        "lb": "lb lbs pound pounds",
-        "oz": "oz ounce ounces",
-        "s": "s sec secs second seconds",
-        "min": "min mins minute minutes",
-        "h": "h hr hrs hour hours",
-        "day": "day days",
-        "week": "week weeks",
-        "month": "month months",
-        "year": "yr yrs year years",
-        "ml": "ml mL milliliter milliliters millilitre millilitres",
-        "l": "l L liter liters litre litres",
-        "dollar": "dollar dollars USD",
-        "cent": "cent cents",
-        "euro": "euro euros EUR",
-        "rupee": "Rs rupee rupees INR",
-        "degree": "degree degrees deg",
-        "radian": "rad radian radians",
-    }.items()
-    for name in names.split()
-}
-# Words that a number's unit may have in it, or not.
-SMALL = frozenset({"of", "a", "an", "the", "in", "per", "sq", "cu", "square", "cubic"})
-NOT_UNITS = re.compile(
-    r"(?i:or|and|not|but|than|then|more|less|times|plus|minus|over|divided|multiplied|from|was|are|"
-    r"is|equals?|mod|modulo|root|base|point|squared|cubed|factorial|halves|thirds|fourths|fifths|"
-    r"sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)"
-)
-SQUARES = frozenset({"square", "sq", "cubic", "cu"})
-UNIT_PARTS = re.compile(r" ?([A-Za-z]+)\.?| ?(/)| ?\^ ?\{? ?-?[0-9] ?\}?")
+# $2M; without the currency, 2M may be a product.
+MONEY_SCALE = re.compile(r" ?(k|K|m|M|mn|b|B|bn)(?![A-Za-z])")
+SCALES |= {"k": 3, "K": 3, "m": 6, "M": 6, "mn": 6, "b": 9, "B": 9, "bn": 9}
 
 
 @dataclass(frozen=True)
@@ -83,7 +38,7 @@ class Number:
     value: Fraction
     decimal: bool  # written with a point, so perhaps rounded
     percent: bool
-    unit: str  # "" where there is none, or none that is known
+    unit: Unit
 
 
 def number(text: str) -> Number | None:
@@ -96,18 +51,28 @@ def number(text: str) -> Number | None:
         return None
     value, end = found
     rest = text[sign.end() + end :]
-    scale = SCALE.match(rest)
+    currency = CURRENCIES.get(sign[2])
+    scale = SCALE.match(rest) or (currency and MONEY_SCALE.match(rest))
     if scale:
         value, rest = value * 10 ** SCALES[scale[1]], rest[scale.end() :]
     percent = PERCENT.match(rest)
     if percent:
         rest = rest[percent.end() :]
     unit = unit_of(rest)
+    if currency and unit is not None:
+        unit = priced(currency, unit)
     if unit is None:
         return None
     if "-" in (sign[1], sign[3]):
         value = -value
-    return Number(value, "." in text, bool(percent), CURRENCIES.get(sign[2]) or unit)
+    return Number(value, "." in text, bool(percent), unit)
+
+
+def priced(currency: str, unit: Unit) -> Unit | None:
+    """The unit of `$5 per day`; None of `$5 cm`."""
+    if unit.above and not same_unit(Unit(currency), Unit(unit.above)):
+        return None
+    return Unit(currency, unit.below)
 
 
 def unsigned(text: str) -> tuple[Fraction, int] | None:
@@ -135,34 +100,8 @@ def fraction(decimal: str) -> Fraction:
     return Fraction(re.sub("[, ]", "", decimal))
 
 
-def unit_of(text: str) -> str | None:
-    """The first unit in `km per hour`, "" of unknown ones as in `red apples`; None if it is none."""
-    unit, end, words = "", 0, []
-    while match := UNIT_PARTS.match(text, end):
-        end = match.end()
-        if not match[1]:  # a slash, an exponent
-            if words[-1:] in ([], ["/"]):  # of nothing: 1.5^2 is a power, 3//4 is nothing
-                if not match[2] or words:
-                    return None
-            words += [match[2]] if match[2] else []
-            continue
-        known = UNITS.get(match[1], "")
-        # 5t is a product, and so is 5 t; 5apples is odd.
-        is_word = len(match[1]) > 2 and match[0][0] == " "
-        if not known and match[1] not in SMALL and not is_word:
-            return None
-        if NOT_UNITS.fullmatch(match[1]) or match[1] in NAMES:
-            return None
-        if not set(words) - SQUARES:  # the h of km/h is not what is counted
-            unit = unit or known
-        words.append(match[1])
-    if words[-1:] == ["/"]:
-        return None
-    return unit if end == len(text) and len(words) <= 8 else None
-
-
 def same_number(a: Number, b: Number) -> bool:
-    if a.unit and b.unit and a.unit != b.unit:
+    if not same_unit(a.unit, b.unit):
         return False
     decimal = a.decimal or b.decimal
     if a.percent == b.percent:
