@@ -121,7 +121,21 @@ def read_plain(source: str, flag: str, num_proc: int | None) -> list[dict]:
 def read_parquet(source: str | Path) -> list[dict]:
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(source).to_pylist()
+    return as_written(pyarrow.parquet.read_table(source)).to_pylist()
+
+
+def as_written(table):
+    """A table of Arrow whose short floats are the numbers that somebody wrote: 99.99, which float32
+    holds as 99.98999786376953."""
+    import pyarrow
+    from pyarrow import compute
+
+    for place, field in enumerate(table.schema):
+        if field.type == pyarrow.float32():
+            digits = compute.cast(table.column(place), pyarrow.string())  # as few as tell it apart
+            column = compute.cast(digits, pyarrow.float64())
+            table = table.set_column(place, field.name, column)
+    return table
 
 
 # From rows to prompts ---------------------------------------------------------------------------

@@ -351,8 +351,8 @@ def draw_next(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:
 def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature=None) -> Batch:
     """Sample G completions for each row, score them, compare each with its group.
 
-    stream: names the batch's random numbers. temperature: else --temperature. A collective call: a
-    rank samples and scores its slice, and every rank gets all.
+    stream: names the batch's random numbers. step: the next one, for rewards. temperature: else
+    --temperature. A collective call: a rank samples and scores its slice, and every rank gets all.
     """
     world, started = run.world, time.perf_counter()
     everyone = [row for row in rows for _ in range(G)]
@@ -544,7 +544,7 @@ def evaluation(run: Run, rows: list[dict], G: int, temperature: float, step: int
     prompts_at_once = run.world.size * run.args.per_device_eval_batch_size // G
     for first in range(0, len(rows), prompts_at_once):
         part = rows[first : first + prompts_at_once]
-        yield draw(run, part, G, EVALUATION + first, step, temperature)
+        yield draw(run, part, G, EVALUATION + first, step + 1, temperature)
 
 
 def seed_of(seed: int, stream: int, index: int) -> int:
