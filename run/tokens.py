@@ -15,7 +15,7 @@ A logged step tells of the first N groups that it trained on, one line a group:
 
 `drawn` is the step whose completions completions.jsonl has, and `index` counts them: a rollout may
 serve several steps. A completion that the step did not train on, because its advantage is 0, has
-no numbers but `sampled`. About 70 bytes a token, so N bounds what a run writes.
+no numbers but `sampled`. About 75 bytes a token, so N bounds what a run writes.
 
 The numbers before come from the pass that trains. Those after take one more, of these groups alone.
 """
