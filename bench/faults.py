@@ -205,8 +205,8 @@ def strike(trial: Trial, victim: str, what: str, out: Path) -> bool:
 def damage(what: str, out: Path) -> str | None:
     """Break a file of a run that has ended → the checkpoint's name that is broken now."""
     if what == "cut":
-        file = out / "metrics.jsonl"
-        file.write_bytes(file.read_bytes()[: -random.randrange(1, 40)])
+        with (out / "metrics.jsonl").open("ab") as file:  # as a kill amid a write leaves it
+            file.write(b'{"step": 1, "epoch": 0.01, "learning_rate"'[: random.randrange(1, 40)])
         return None
     kept = folder.checkpoints(out)
     if not kept:
@@ -301,6 +301,8 @@ def break_it(faults: int, until: float, place: Path) -> tuple[list[dict], dict]:
             row["resumed right"] &= refused(words, out, place, number)
             shutil.rmtree(out / broken)
             broken = None
+        if row["traceback"]:
+            print(trial.process.said[trial.process.said.index("Traceback") :][:4000])
         rows.append(row)
         print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
     return rows, count(rows) | compare(words, out, place)

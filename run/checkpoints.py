@@ -177,7 +177,7 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress, reference
         try:
             refuse_not_finite(state)
             save_model(args, model, state, unfinished)
-            tokenizer.save_pretrained(unfinished)
+            save_tokenizer(tokenizer, unfinished)
             save_file(state, unfinished / folders.OPTIMIZER)
             run_reference.write(reference_state, unfinished)
             (unfinished / folders.STATE).write_text(json.dumps(asdict(progress)) + "\n")
@@ -191,6 +191,13 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress, reference
     problem = world.from_main(problem)
     if problem:
         raise SaveError(problem)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises a bare one on a full disk
+        raise OSError(one_line(error)) from error
 
 
 def refuse_not_finite(state: dict[str, Tensor]) -> None:

@@ -289,4 +289,6 @@ def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    judge_main(float(sys.argv[1]))
+    with suppress(BrokenPipeError):  # the trainer has ended
+        judge_main(float(sys.argv[1]))
+    os.killpg(0, signal.SIGKILL)  # and the workers with it
