@@ -9,6 +9,8 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     launch.py       torchrun, quietly, and with the run's exit status
     session.py      ranks meet, and any end is told in one last line
     checks.py       what can be wrong is found before a model is loaded; ranks agree
+    machine.py      what this machine has room for
+    templates.py    what a chat template opens of an answer
     models.py       what a model's configuration tells: whether it can be trained here
     scorer.py       the same of a reward model
     health.py       a run that cannot learn says so
@@ -17,10 +19,13 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     answers.py      what counts as an equal answer
     notation.py     many ways of writing an answer become one
     quantities.py   numbers with units, read exactly
+    units.py        what a number counts, and amounts in two units
+    hedges.py       `at least 18` states no number
     intervals.py    inequalities and brackets, read as the same parts
     judge.py        a process that compares answers, and that no answer can hang
     placement.py    what vLLM's flags mean: its device, its settings
     engine.py       vLLM in a process of its own, which all ranks call
+    weights.py      the transport of weights into the engine
     fingerprint.py  whether two have the same weights
     watch.py        ranks meet, and notice when one is lost
     console.py      standard output that is closed or full ends no run

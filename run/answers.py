@@ -22,6 +22,9 @@ r"""Answers: what counts as equal. math_verify compares formulas; what it misrea
 | `1, 2`, `2, 1`, `\{1,2\}`; `1, 2` and `(1,2)`    | `(1,2)` and `(2,1)`; `1, 2` and `2`          |
 | `2516_8`, `2516_{8}`; `2516` if `2516_8` is asked | `2516_9`; `1358`, if `2516_8` is asked       |
 | `x=5`, `5`; `y=2x`, `2x`                         | `x=5` and `y=5`; `5t` and `5`                |
+| `5 h 30 min`, `5.5 hours`: in two units, converted | `30` and `5 hours 30 minutes`                |
+| `3.5^2`, `12.25`                                 | `3.5` and `3.5^2`                            |
+| `about 18`, `18`                                 | `not 18`, `at least 18`, `16 to 18` and `18` |
 
 How an answer may be spelt is in run/notation.py. rewards.verify is the plain version of this.
 """
@@ -31,6 +34,7 @@ import re
 from contextlib import suppress
 
 from rewards import RIGHT, UNREADABLE, WRONG
+from run.hedges import is_hedged
 from run.intervals import pieces
 from run.notation import (
     LONGEST,
@@ -137,9 +141,16 @@ def read_verdict(answer: str, reference: str) -> str | None:
     if max(len(answer), len(reference)) > LONGEST:
         return WRONG if SEVERAL.fullmatch(answer) else None
     said = letter_verdict(answer, reference)
+    if said is None and number(reference) and hedges(answer):
+        return WRONG
     if said is None and (not is_prose(answer) or number(answer) or compound(answer)):
         said = base_verdict(answer, reference) or number_verdict(answer, reference)
     return said or word_verdict(answer, reference)
+
+
+def hedges(answer: str) -> bool:
+    """Whether it states no one number, such as `at least 18`."""
+    return is_hedged(answer) and not number(answer) and not compound(answer)
 
 
 def letter_verdict(answer, reference):

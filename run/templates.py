@@ -1,6 +1,7 @@
 """Chat templates: what they open of an answer."""
 
 import re
+import uuid
 
 
 def opening(tokenizer, prompt: list[dict], template=None) -> str:
@@ -10,7 +11,7 @@ def opening(tokenizer, prompt: list[dict], template=None) -> str:
     prompt: one that `data.encode` has taken. The header is what stands in front of what the
     assistant has said earlier.
     """
-    mark = "what the assistant says"
+    mark = uuid.uuid4().hex  # what no prompt holds
     earlier = [*prompt, {"role": "assistant", "content": mark}, prompt[-1]]
     settings = {"tokenize": False, **(template or {})}
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **settings)

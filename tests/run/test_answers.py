@@ -113,6 +113,7 @@ def test_a_bare_formula_is_read_whole():
 
 # kind → lines of ways to write the same: each is right where the first is asked, and it where each.
 SAME = {
+    "words around a number": ["46 | about 46 | approximately 46 | It is 46. | The answer is 46 km"],
     "money": [
         r"\$7.25 | 7.25 dollars | $7.25 | 7.25 | \text{\$}7.25 | US$7.25 | \$7\frac{1}{4} | 7.25 USD",
         r"\$41,\!906 | 41,906 | 41906 | \$41{,}906 | 41\,906 | \$41906.00 | 41{,}906 \text{ dollars}",
@@ -193,6 +194,21 @@ def test_ways_to_write_the_same_are_equal_either_way_round(kind):
 
 # Each looks like the other, and is wrong.
 NEAR_MISSES = {
+    "hedges": [
+        ("not 46", "46"),
+        ("It is not 46.", "46"),
+        ("at least 46", "46"),
+        ("less than 46", "46"),
+        ("almost 46 km", "46"),
+        ("46 or more", "46"),
+        ("46+", "46"),
+        ("46th", "46"),
+        ("44 to 46", "46"),
+        ("between 44 and 46", "46"),
+        ("45? 46?", "46"),
+        ("45, maybe 46", "46"),
+        ("45 dollars or 46 dollars", r"\$46"),
+    ],
     "money": [
         (r"\$7.52", r"\$7.25"),
         ("7.25 cents", r"\$7.25"),
