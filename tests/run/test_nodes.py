@@ -16,6 +16,7 @@ from processes import forked, places, run_forked
 from safetensors.torch import load_file, save_file
 
 import train
+from run import setup
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 HERE = socket.gethostname()
@@ -154,7 +155,7 @@ def ends_of(flags_of_ranks, folder):
 def test_ranks_with_other_flags_or_data_are_named_before_a_model_is_loaded(
     case, model_folder, plugin, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     flags = []
     for rank in (0, 1):
         rows = tmp_path / f"{rank}.jsonl"

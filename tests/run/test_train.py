@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import (
     checkpoint_weights,
     flags_for,
@@ -313,7 +314,9 @@ def test_the_schedule_warms_up_and_decays():
 
 def test_the_demo_model_answers_in_the_format_of_its_example(tokenizer):
     """The real model, one group: what it samples is text, and its log-probabilities are those of the trainer."""
-    model = train.AutoModelForCausalLM.from_pretrained(flags.EMBEDDED_MODEL, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        flags.EMBEDDED_MODEL, dtype=torch.float32
+    )
     fast.prepare(model.eval())
     rows, _ = data.encode(data.load_rows(["arithmetic#2"]), tokenizer)
     prompts = [row["prompt_ids"] for row in rows for _ in range(4)]

@@ -238,9 +238,8 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(case, runs, model, tmp_path, capsys, monkeypatch):
-    import train
 
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("a model was loaded"))
     command, words, message = BAD[case]
     places = {"tmp": tmp_path, "lora": runs / "lora", "full": runs / "full", "model": model}
     with pytest.raises(SystemExit) as stop:
@@ -534,7 +533,7 @@ def test_adapters_of_another_model_are_refused_before_it_is_loaded(
 ):
     import train
 
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     words = flags_for(model_folder, plugin, tmp_path / "out", reward_funcs="length")
     with pytest.raises(SystemExit):
         train.main([*words, "--adapters", str(runs / "lora" / "checkpoint-2")])

@@ -34,6 +34,7 @@ import lora
 import train
 from data import UsageError
 from dist import World
+from run import setup
 from run.engine import Engine, OnRank0, engine_environment
 from run.placement import vllm_device
 from sampler import SamplerError, VLLMSampler
@@ -110,7 +111,7 @@ BAD = {  # flag, value, what is said
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these are of a machine without GPUs")
 def test_bad_vllm_flags_are_one_line(case, model_folder, plugin, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(STUB)
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     flag, value, message = BAD[case]
     flags = flags_for(model_folder, plugin, tmp_path / "out")
     with pytest.raises(SystemExit) as stop:

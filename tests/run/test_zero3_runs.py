@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import checkpoint_weights, flags_for, read_metrics, timeless, tiny_model
 from processes import in_processes, run_forked
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ import dist
 import fast
 import lora
 import train
+from run import setup
 from run.checkpoints import optimizer_state
 
 # From stage to stage ------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def test_a_sharded_checkpoint_loads_in_its_own_type(train_type, model_folder, pl
 @pytest.fixture
 def checkpoint(model_folder, tmp_path):
     """A checkpoint of adapters of rank 8, as a run would leave it after no step."""
-    model = train.AutoModelForCausalLM.from_pretrained(model_folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     lora.inject(model, 8, 32)
     folder = tmp_path / "checkpoint-0"
     folder.mkdir()
@@ -169,7 +171,7 @@ def test_another_runs_checkpoint_is_refused_before_a_model_is_loaded(
         tiny_model(vocab_size=49152, intermediate_size=96).save_pretrained(tmp_path / "model")
     if case == "damage":
         (checkpoint / "optimizer.safetensors").write_bytes(b"cut short")
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_policy", lambda *_: pytest.fail("a model was loaded"))
     changes = {"resume_from_checkpoint": checkpoint, "train_type": "lora"}
     words = flags_for(model_folder, plugin, tmp_path / "out", **changes)
     with pytest.raises(SystemExit) as stop:
