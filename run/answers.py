@@ -78,6 +78,7 @@ ALTERED = re.compile(
     rf"[+-]?(?:[0-9][0-9.,]*(?:(?![gmshloLVWJNKCF])[A-Za-z]|{PARTS}\b.*)"
     rf"|(?:{CURRENCY}) ?[+-]?[0-9][0-9.,]*(?:[A-Za-z]|{PARTS}\b).*)"
 )
+LONGEST_AMOUNT = 60  # characters
 SHOUTED = {"YES", "NO", "TRUE", "ODD", "EVEN", "NONE"}
 
 
@@ -141,16 +142,21 @@ def read_verdict(answer: str, reference: str) -> str | None:
     if max(len(answer), len(reference)) > LONGEST:
         return WRONG if SEVERAL.fullmatch(answer) else None
     said = letter_verdict(answer, reference)
-    if said is None and number(reference) and hedges(answer):
+    if said is None and hedges(answer) and number(reference):
         return WRONG
-    if said is None and (not is_prose(answer) or number(answer) or compound(answer)):
+    if said is None and (not is_prose(answer) or is_amount(answer)):
         said = base_verdict(answer, reference) or number_verdict(answer, reference)
     return said or word_verdict(answer, reference)
 
 
 def hedges(answer: str) -> bool:
     """Whether it states no one number, such as `at least 18`."""
-    return is_hedged(answer) and not number(answer) and not compound(answer)
+    return is_hedged(answer) and not is_amount(answer)
+
+
+def is_amount(text: str) -> bool:
+    """Whether it is but a number with its unit, as `5 km per hour`, though that reads like prose."""
+    return len(text) <= LONGEST_AMOUNT and bool(number(text) or compound(text))
 
 
 def letter_verdict(answer, reference):
