@@ -292,7 +292,7 @@ COMMON = {
     "deepspeed": "zero2",
 }
 COMMON |= {
-    "rollout_importance_sampling_threshold": 1.0,
+    "rollout_importance_sampling_threshold": 2.0,
     "max_resample_times": 2,
     "learning_rate": 2e-4,
 }
