@@ -19,9 +19,9 @@ stream into the running engine, one tensor at a time (`VLLMSampler._send`, run/w
               ── each tensor, over a process group of two ───────>   loads it over the old one
               <── fingerprint of all that came, over the pipe ────   must equal that of what was sent
 
-A sampler is anything with what `Sampler` lists. To try a new way to draw, change `sample_tokens`: a
-run takes the quick one (fast/draw.py) only as long as both draw the same. What makes decoding quick
-stands in the place of `Decoder` (fast/decoder.py); --plain true takes the one here.
+A sampler is anything with what `Sampler` lists. To try a new way to draw, change `sample_tokens`:
+a run takes the quick one (fast/draw.py) only as long as this one is unchanged. What makes decoding
+quick stands in the place of `Decoder` (fast/decoder.py); --plain true takes the one here.
 """
 
 import inspect

@@ -95,7 +95,7 @@ def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer,
     if fast:
         layerwise = dist.is_sharded(policy) and not settings["gather"]
         settings["decoder"] = fast.decoder_for(policy, layerwise)
-        settings["draw"] = fast.draw_for(policy, args.temperature, args.top_p, args.top_k)
+        settings["draw"] = fast.draw_for()
     return ModelSampler(policy, **settings)
 
 
