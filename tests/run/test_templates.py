@@ -106,7 +106,10 @@ def scripted(monkeypatch):
             def take_weights(self, model):
                 pass
 
-        monkeypatch.setattr(train, "make_sampler", lambda a, w, policy, tok: Scripted(tok))
+        monkeypatch.setattr(
+            "run.setup.make_sampler",
+            lambda args, world, policy, tokenizer, fast: Scripted(tokenizer),
+        )
 
     return say
 
