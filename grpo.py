@@ -217,10 +217,12 @@ def importance_weights(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, o
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
     """The entropy that the given share of tokens reaches, (tokens,) → a number: the 1 - share
-    quantile, which takes the tokens of the whole step to tell."""
+    quantile, which takes the tokens of the whole step to tell. It lies halfway to the next entropy
+    below, so that no token's place hangs on rounding."""
     rank = math.ceil((1 - share) * (len(entropies) - 1))
-    values, _ = entropies.kthvalue(rank + 1)
-    return values.item()
+    least, _ = entropies.kthvalue(rank + 1)
+    below, _ = entropies.kthvalue(max(rank, 1))
+    return (least.item() + below.item()) / 2
 
 
 def grpo_loss(

@@ -3,8 +3,10 @@ a reference that follows, weights for what the sampler rounds; and the whole fam
 
 import argparse
 import functools
+import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -341,9 +343,20 @@ def train_in_turns(runs: list[list[str]], ports: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def family(model_folder, coin, tmp_path_factory):
+def ending_model(model_folder, tmp_path_factory):
+    """The tiny model, of which a sixth of all tokens end a completion: some end, some are cut."""
+    folder = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(model_folder, folder)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"eos_token_id": list(range(2, 49152, 6))}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def family(ending_model, coin, tmp_path_factory):
     """Each combination as a whole, in micro-batches, resumed, and on two ranks."""
-    home = tmp_path_factory.mktemp("family")
+    home, model_folder = tmp_path_factory.mktemp("family"), ending_model
     runs = {"whole": [], "micro": [], "resumed": [], "ranks": []}
     for i, changes in enumerate(drawn(DRAWN)):
         for name, size, accumulation in (("whole", 16, 1), ("micro", 8, 2), ("ranks", 8, 1)):

@@ -77,7 +77,7 @@ def test_ranks_without_completions_take_part(model_folder, plugin, tmp_path):
     in an evaluation."""
     changes = {"num_generations": 2, "max_completion_length": 1, "beta": 0, "train_type": "full"}
     # AdamW makes a full step of what is but rounding, too.
-    changes |= {"max_steps": 2, "learning_rate": 1e-5}
+    changes |= {"max_steps": 2, "learning_rate": 1e-5, "dataset": "arithmetic"}
     changes |= {"val_dataset": "arithmetic-test#4", "eval_steps": 1, "num_generations_eval": 1}
     one = {"per_device_train_batch_size": 12, "per_device_eval_batch_size": 3}
     flags = flags_for(model_folder, plugin, tmp_path / "one", **changes | one)
