@@ -119,7 +119,8 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     M = checkpoints.rollout_size(args, world.size) // N  # steps that walk through a rollout once
     P = M * N // args.num_generations  # prompts of a rollout
     steps_per_rollout = M * args.num_iterations
-    steps_per_epoch = steps_per_rollout * len(inputs.train_rows) / P
+    num_rows = len(inputs.train_rows)
+    steps_per_epoch = steps_per_rollout * num_rows / P
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
     policy, reference = setup.load_policy(args, world, quick(args))
@@ -129,10 +130,11 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     progress = checkpoints.resume(args, world, optimizer, reference)
     run = make_run(args, world, policy, inputs)
     inputs.rewards.start()
-    for line in health.before_the_first_step(args, policy, len(inputs.train_rows), P, max_steps):
+    lines, facts = health.before_the_first_step(args, policy, num_rows, P, max_steps)
+    for line in lines:
         log.say(world, line)
     inputs.rewards.max_steps = max_steps
-    journal = log.Log(args, world, max_steps, steps_per_epoch, progress)
+    journal = log.Log(args, world, max_steps, steps_per_epoch, progress, facts)
     recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells)
     if args.eval_on_start and progress.step == 0:
         evaluate(run, inputs.val_rows, 0, journal)

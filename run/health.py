@@ -123,8 +123,10 @@ class Health:
 # Known as the run starts ------------------------------------------------------------------------
 
 
-def before_the_first_step(args, policy, num_rows: int, num_prompts: int, max_steps: int) -> list:
-    """num_prompts: of a step."""
+def before_the_first_step(
+    args, policy, num_rows: int, num_prompts: int, max_steps: int
+) -> tuple[list[str], dict[str, float]]:
+    """What is worth saying, and the same facts as metrics. num_prompts: of a step."""
     lines = []
     if num_prompts > num_rows:
         lines.append(
@@ -138,7 +140,7 @@ def before_the_first_step(args, policy, num_rows: int, num_prompts: int, max_ste
             "weights cannot move as far as bfloat16 can tell; a larger one, more steps, "
             "--train_type lora or --torch_dtype float32 helps"
         )
-    return lines
+    return lines, {"prompts_per_row": num_prompts / num_rows, "weights_out_of_reach": share}
 
 
 def out_of_reach(policy: torch.nn.Module, distance: float) -> float:

@@ -164,7 +164,8 @@ class Log:
     holds the steps until then, and checkpoints keep it.
     """
 
-    def __init__(self, args, world, max_steps: int, steps_per_epoch: float, progress):
+    def __init__(self, args, world, max_steps, steps_per_epoch, progress, facts: dict[str, float]):
+        self.facts = facts  # which each line repeats
         self.world, self.main, self.folder = world, world.is_main, Path(args.output_dir)
         self.metrics_file = Lines(self.folder / "metrics.jsonl")
         self.completions_file = Lines(self.folder / "completions.jsonl")
@@ -221,7 +222,7 @@ class Log:
         if self.tells(step):
             line = {"step": step, "epoch": step / self.steps_per_epoch}
             line |= {"learning_rate": learning_rate, "num_tokens": progress.num_tokens}
-            line |= self._speed(progress)
+            line |= self._speed(progress) | self.facts
             line |= weighted_mean([(1, metrics) for metrics in progress.unlogged])
             self._write(step, line)
             progress.unlogged = []

@@ -79,7 +79,10 @@ def test_a_run_whose_groups_all_earn_the_same_says_so_in_its_output(model_folder
 
 def told(policy, rate=1e-3, steps=100, rows=100, prompts=8) -> list[str]:
     args = SimpleNamespace(learning_rate=rate)
-    return before_the_first_step(args, policy, rows, prompts, steps)
+    lines, facts = before_the_first_step(args, policy, rows, prompts, steps)
+    assert facts["prompts_per_row"] == prompts / rows
+    assert (facts["weights_out_of_reach"] > 0.5) == any("--learning_rate" in line for line in lines)
+    return lines
 
 
 def test_more_prompts_a_step_than_rows_are_told():
