@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
+ROUNDING = 1e-4  # nats by which equal entropies may seem to differ
 MAX_LOG_RATIO = 10.0  # that k3 takes; see there
 Rows = Sequence[Sequence[int]]  # ragged token ids
 Scores = Sequence[Sequence[float | None]]  # by reward function; None where one does not apply
@@ -217,12 +218,11 @@ def importance_weights(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, o
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
     """The entropy that the given share of tokens reaches, (tokens,) → a number: the 1 - share
-    quantile, which takes the tokens of the whole step to tell. It lies halfway to the next entropy
-    below, so that no token's place hangs on rounding."""
+    quantile, which takes the tokens of the whole step to tell. A little less than that: the first
+    tokens of a group have the same entropy, but for rounding, and count together or not at all."""
     rank = math.ceil((1 - share) * (len(entropies) - 1))
     least, _ = entropies.kthvalue(rank + 1)
-    below, _ = entropies.kthvalue(max(rank, 1))
-    return (least.item() + below.item()) / 2
+    return least.item() - ROUNDING
 
 
 def grpo_loss(
