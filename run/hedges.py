@@ -10,7 +10,7 @@ from run.units import UNITS
 
 LONGEST = 80
 AROUND = re.compile(r"[A-Za-z0-9\s.,:;?!$€£¥%→()'-]*\+?")  # what such an answer is made of
-OPEN_END = re.compile(r"\?|[0-9](?:\+|th|st|nd|rd)\.?$")  # 17? 18? and 18+ and 18th
+OPEN_END = re.compile(r"[0-9](?:\+|th|st|nd|rd)\.?$")  # 18+ and 18th
 FIGURE = re.compile(r"[0-9][0-9.,]*(?<![.,])")
 
 

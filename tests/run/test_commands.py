@@ -233,6 +233,7 @@ def test_a_reward_that_never_applies_has_no_mean_and_is_counted_once(
         *flags_for(model_folder, script, tmp_path, **changes | {"max_completion_length": 32})
     )
     lines, (evaluation,) = read_metrics(tmp_path), read_metrics(tmp_path, evaluations=True)
-    assert [line["rewards/unscored"] for line in lines] == [16, 16]
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    assert sum(line["rewards/unscored"] for line in lines) == 32  # in two batches
     assert evaluation["eval/rewards/unscored"] == 6 * 4
     assert not {"rewards/never", "eval/rewards/never"} & {*lines[0], *evaluation}

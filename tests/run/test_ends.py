@@ -172,7 +172,9 @@ def test_ranks_and_judges_end_with_a_killed_launcher(stopped, model_folder, plug
         finally:
             for pid in filter(is_there, below):
                 os.kill(pid, signal.SIGKILL)
-        assert "train.py: torchrun has ended; there is no checkpoint yet" in parent.said
+        # Whichever rank notices first ends; the other may notice that one's end.
+        told = re.search(r"train.py: (torchrun has ended|lost rank .*); there is no", parent.said)
+        assert told, parent.said
 
 
 def test_the_launcher_of_ours_is_quiet_and_has_the_runs_status(model_folder, plugin, tmp_path):

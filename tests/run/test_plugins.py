@@ -370,7 +370,7 @@ def test_a_reward_that_raises_on_the_whole_batch_alone(make):
         run(make("whole"), ["a", "b"])
 
 
-KNOWN = "known: accuracy, cosine, format, repetition"
+KNOWN = "known: accuracy, cosine, format, repetition, soft_overlong"
 
 
 @pytest.mark.parametrize(
