@@ -365,7 +365,8 @@ def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature
     # Sample. A completion's random numbers are its own, whatever rank draws it.
     prompt_ids = [row["prompt_ids"] for row in own]
     seeds = [seed_of(run.args.seed, stream, i) for i in mine]
-    completions = run.sampler.generate(prompt_ids, seeds, temperature)
+    other = () if temperature is None else (temperature,)
+    completions = run.sampler.generate(prompt_ids, seeds, *other)
     sampled = time.perf_counter()
 
     # Score. A group may lie across ranks, so every rank needs to know all.
@@ -557,9 +558,13 @@ def seed_of(seed: int, stream: int, index: int) -> int:
 
 def make_run(args: argparse.Namespace, world: dist.World, policy, inputs: checks.Inputs) -> Run:
     tokenizer = inputs.tokenizer
-    sampler = setup.make_sampler(args, world, policy, tokenizer, quick(args))
+    sampler = make_sampler(args, world, policy, tokenizer)
     silent = {*models.end_tokens(policy, tokenizer), tokenizer.pad_token_id}
     return Run(args, world, sampler, tokenizer, inputs.rewards, inputs.opening, silent)
+
+
+def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer) -> Sampler:
+    return setup.make_sampler(args, world, policy, tokenizer, quick(args))
 
 
 def quick(args: argparse.Namespace):
