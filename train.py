@@ -564,6 +564,7 @@ def make_run(args: argparse.Namespace, world: dist.World, policy, inputs: checks
 
 
 def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer) -> Sampler:
+    """To sample in another way, return a sampler of yours."""
     return setup.make_sampler(args, world, policy, tokenizer, quick(args))
 
 

@@ -103,7 +103,8 @@ def check_soft_overlong(args: argparse.Namespace) -> None:
 def check_split(args: argparse.Namespace) -> None:
     """A share to evaluate on that somebody has set, but that nothing would evaluate."""
     ratio = args.split_dataset_ratio
-    if ratio == data.Options().split_dataset_ratio or (ratio == 0 and not split_is_asked(args)):
+    by_split = evaluates(args) and not args.val_dataset
+    if ratio == data.Options().split_dataset_ratio or (ratio == 0 and not by_split):
         return
     if args.val_dataset:
         raise UsageError(
@@ -112,11 +113,6 @@ def check_split(args: argparse.Namespace) -> None:
     if not evaluates(args):
         works = "--eval_steps N or --eval_on_start true works"
         raise UsageError(f"--split_dataset_ratio {ratio}: nothing evaluates on that share; {works}")
-
-
-def split_is_asked(args: argparse.Namespace) -> bool:
-    """Whether there is nothing else to evaluate on."""
-    return evaluates(args) and not args.val_dataset
 
 
 def check_vllm(args: argparse.Namespace) -> None:

@@ -166,7 +166,7 @@ class Log:
 
     def __init__(self, args, world, max_steps, steps_per_epoch, progress, facts: dict[str, float]):
         self.facts = facts  # which each line repeats
-        self.world, self.main, self.folder = world, world.is_main, Path(args.output_dir)
+        self.main, self.folder = world.is_main, Path(args.output_dir)
         self.metrics_file = Lines(self.folder / "metrics.jsonl")
         self.completions_file = Lines(self.folder / "completions.jsonl")
         self.every, self.tells_completions = args.logging_steps, args.log_completions

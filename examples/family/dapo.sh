@@ -2,23 +2,8 @@
 # Groups that teach nothing are drawn anew, the upper clip is wider, the loss
 # is a mean over tokens, completions that were cut give no gradient, long ones are penalized.
 # Run it from the repository's root, with the environment of `make install`; more flags may follow.
-torchrun --standalone --nproc_per_node 2 train.py \
-    --dataset arithmetic \
-    --val_dataset arithmetic-test \
+torchrun --standalone --nproc_per_node 2 train.py --config examples/family/common.yaml \
     --reward_funcs accuracy format soft_overlong \
-    --torch_dtype float32 \
-    --gradient_checkpointing false \
-    --lora_rank 16 \
-    --learning_rate 3e-4 \
-    --weight_decay 0 \
-    --num_generations 8 \
-    --temperature 1.0 \
-    --max_completion_length 32 \
-    --per_device_train_batch_size 32 \
-    --per_device_eval_batch_size 128 \
-    --num_generations_eval 1 \
-    --eval_steps 10 \
-    --max_steps 40 \
     --loss_type dapo \
     --epsilon 0.2 \
     --epsilon_high 0.28 \

@@ -2,23 +2,7 @@
 # A reward less its group's mean, scaled over the
 # whole batch, the KL as part of it.
 # Run it from the repository's root, with the environment of `make install`; more flags may follow.
-torchrun --standalone --nproc_per_node 2 train.py \
-    --dataset arithmetic \
-    --val_dataset arithmetic-test \
-    --reward_funcs accuracy format \
-    --torch_dtype float32 \
-    --gradient_checkpointing false \
-    --lora_rank 16 \
-    --learning_rate 3e-4 \
-    --weight_decay 0 \
-    --num_generations 8 \
-    --temperature 1.0 \
-    --max_completion_length 32 \
-    --per_device_train_batch_size 32 \
-    --per_device_eval_batch_size 128 \
-    --num_generations_eval 1 \
-    --eval_steps 10 \
-    --max_steps 40 \
+torchrun --standalone --nproc_per_node 2 train.py --config examples/family/common.yaml \
     --advantage_estimator reinforce_plus_plus \
     --kl_in_reward true \
     --beta 0.01 \

@@ -100,10 +100,14 @@ FAMILY = sorted((ROOT / "examples" / "family").glob("*.sh"))
 
 @pytest.mark.parametrize("script", FAMILY, ids=lambda script: script.stem)
 def test_each_recipe_runs(script, model_folder, tmp_path):
+    words = guide_flags(f"family/{script.name}")[:-1]  # without "$@"
+    words = swapped(words, config=ROOT / "examples" / "family" / "common.yaml")
     sizes = {"dataset": "arithmetic#64", "val_dataset": "arithmetic-test#8", "max_steps": 2}
     sizes |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 8}
-    words = swapped(guide_flags(f"family/{script.name}"), **sizes, max_completion_length=8)
-    train_here(*words[:-1], "--model", model_folder, "--output_dir", tmp_path)  # without "$@"
+    sizes |= {"max_completion_length": 8, "model": model_folder, "output_dir": tmp_path}
+    for name, value in sizes.items():  # what comes last wins
+        words += [f"--{name}", str(value)]
+    train_here(*words)
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["loss"]) for line in lines)
