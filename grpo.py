@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_EPS = 1e-4  # added to the group's standard deviation, as TRL and ms-swift do
-ROUNDING = 1e-4  # nats by which equal entropies may seem to differ
+ROUNDING = 1e-5  # nats by which equal entropies may seem to differ
 MAX_LOG_RATIO = 10.0  # that k3 takes; see there
 Rows = Sequence[Sequence[int]]  # ragged token ids
 Scores = Sequence[Sequence[float | None]]  # by reward function; None where one does not apply
@@ -218,11 +218,15 @@ def importance_weights(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, o
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
     """The entropy that the given share of tokens reaches, (tokens,) → a number: the 1 - share
-    quantile, which takes the tokens of the whole step to tell. A little less than that: the first
-    tokens of a group have the same entropy, but for rounding, and count together or not at all."""
+    quantile, which takes the tokens of the whole step to tell. It lies halfway to the next lower
+    one, so that no token's place hangs on rounding: the first tokens of a group have the same
+    entropy, and count together or not at all."""
     rank = math.ceil((1 - share) * (len(entropies) - 1))
     least, _ = entropies.kthvalue(rank + 1)
-    return least.item() - ROUNDING
+    lower = entropies[entropies < least - ROUNDING]
+    if not len(lower):
+        return least.item() - ROUNDING
+    return (least + lower.max()).item() / 2
 
 
 def grpo_loss(

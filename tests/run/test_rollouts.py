@@ -294,6 +294,7 @@ COMMON = {
     "deepspeed": "zero2",
 }
 COMMON |= {
+    "temperature": 0.2,  # else entropies hardly differ
     "rollout_importance_sampling_threshold": 2.0,
     "max_resample_times": 2,
     "learning_rate": 2e-4,

@@ -54,6 +54,7 @@ def rank_of_a_run(case: str, rank: int, size: int) -> None:
         sys.exit(2)
     dist.start(world, store)
     print("ready")
+    world.barrier()  # rank 0 serves the store, which the others read until they have met
     if case == "busy" and rank == 1:
         # Holds Python's lock for longer than `timeout`, and for less than four of them.
         ctypes.PyDLL(None).usleep(2_500_000)
