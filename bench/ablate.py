@@ -1,12 +1,14 @@
 """What the members of the family change, on a task that a laptop learns: variants × seeds.
 
     python bench/ablate.py                 every variant, three seeds; goes on where it was stopped
-    python bench/ablate.py --variants grpo dapo --seeds 1 --completions 256
+    python bench/ablate.py --variants GRPO DAPO --seeds 1 --completions 256
+    python bench/ablate.py --processes 1 --parallel 9 --torch_dtype bfloat16      on a GPU
 
 Each run trains the embedded model on the built-in sums and is evaluated on the same held-out
 questions. Two budgets are read off its curve: completions that were sampled, those included that
 dynamic sampling threw away, and seconds of training. The table and the plot tell held-out accuracy
-there, with a 95 % interval over seeds (Student's t).
+there, with a 95 % interval over seeds (Student's t). Of runs in parallel the seconds tell little:
+each takes some of the others'.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import math
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +48,18 @@ def main() -> None:
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown:
         sys.exit(f"--variants {unknown[0]}: one of {', '.join(VARIANTS)} works")
+    options.folder.mkdir(parents=True, exist_ok=True)
     curves = {}
-    for seed in options.seeds:  # one seed of all before the next, so that a stop leaves a table
-        for variant in options.variants:
-            folder = options.folder / f"{slug(variant)}-{seed}"
-            if not is_done(folder):
-                train(variant, seed, folder, options)
+    with ThreadPoolExecutor(options.parallel) as pool:
+        runs = {}
+        for seed in options.seeds:  # one seed of all before the next, so that a stop leaves a table
+            for variant in options.variants:
+                folder = options.folder / f"{slug(variant)}-{seed}"
+                run = pool.submit(train, variant, seed, folder, options)
+                runs[run] = variant, seed, folder
+        for run in as_completed(runs):
+            run.result()  # raises what the run has raised
+            variant, seed, folder = runs[run]
             curves[variant, seed] = curve_of(folder)
             report(curves, options)
 
@@ -61,7 +70,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--completions", type=int, default=3072, help="sampled by each run")
     parser.add_argument("--step", type=int, default=64, help="completions of a rollout")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="of each run")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--torch_dtype", default="float32")
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "ablate")
     parser.add_argument("--plot", type=Path, default=ROOT / "output" / "ablate" / "ablation.png")
@@ -74,6 +84,8 @@ def slug(variant: str) -> str:
 
 def train(variant: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
     """One run, from its start: a run that was stopped is made anew, since its seconds count."""
+    if (folder / "done").exists():
+        return
     rollouts = options.completions // options.step
     own = {
         "output_dir": folder,
@@ -90,14 +102,9 @@ def train(variant: str, seed: int, folder: Path, options: argparse.Namespace) ->
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command = [sys.executable, *launch, str(options.processes), "train.py", *words]
     print(f"{variant}, seed {seed}", flush=True)
-    options.folder.mkdir(parents=True, exist_ok=True)
     with (options.folder / f"{folder.name}.log").open("w") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
     (folder / "done").touch()
-
-
-def is_done(folder: Path) -> bool:
-    return (folder / "done").exists()
 
 
 def curve_of(folder: Path) -> list[tuple[int, float, float]]:
