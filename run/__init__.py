@@ -23,6 +23,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     hedges.py       `at least 18` states no number
     intervals.py    inequalities and brackets, read as the same parts
     judge.py        a process that compares answers, and that no answer can hang
+    jail.py         a process that may only compute: what compares answers is one
     placement.py    what vLLM's flags mean: its device, its settings
     engine.py       vLLM in a process of its own, which all ranks call
     weights.py      the transport of weights into the engine

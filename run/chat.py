@@ -61,7 +61,7 @@ class Model:
         from run import checks, models, readers, setup
 
         config = models.model_config(args)
-        tokenizer = models.load_tokenizer(args.model)
+        tokenizer = models.load_tokenizer(args)
         self.args, self.context = args, models.context_of(config)
         self.template = models.template_of(args)
         self.system = readers.read_system(args.system)

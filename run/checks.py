@@ -126,7 +126,7 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
     atexit.register(rewards.close)
     train_rows, val_rows = read_rows(args, world)
     config = models.model_config(args, has_checkpoint=world.is_main)
-    tokenizer = models.load_tokenizer(args.model)
+    tokenizer = models.load_tokenizer(args)
     needed = 0
     for rows, flag in ((train_rows, "--dataset"), (val_rows, "--val_dataset")):
         if rows:

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from run import stop
+from run import stop, watch
 from run.fingerprint import Fingerprint
 from run.weights import WeightGroup, receive_weights, send_weights
 from sampler import Completion, SamplerError
@@ -115,7 +115,7 @@ class Engine:
         self.silent = 0.0  # after how many seconds of silence it was killed
         self.ended = False  # killed and waited for
         self.group: WeightGroup | None = None  # from the first weights on
-        self.store = torch_dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        self.store = watch.serve_store("127.0.0.1", 0, 2)
         self.pipe, theirs = multiprocessing.Pipe()
         with open(log, "ab") as file:
             # -P keeps the folder that it starts in off its path.

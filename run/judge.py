@@ -36,12 +36,14 @@ from pathlib import Path
 
 from data import UsageError
 from rewards import CRASH, TIMEOUT, RewardError
-from run import stop
+from run import jail, stop
 from run.answers import quick_verdict, verdict
 from run.notation import cleaned
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20
+MOST_WORKERS = 16
+MEMORY = 4 << 30  # bytes for all of them together
 SILENCE = 60.0  # seconds; a judge that lives says something each second, on a busy machine later
 RESTARTS = "rewards/accuracy/judge_restarts"  # the metric: processes that had to be replaced
 TIMERS = {signal.SIGPROF, signal.SIGALRM}  # of processor time, and of real time
@@ -190,7 +192,7 @@ class Worker:
     overdue: bool = False  # ended for its silence
 
 
-def compare(pairs, timeout, cores, slow=0.1, most_workers=16) -> list[str]:
+def compare(pairs, timeout, cores, slow=0.1, most_workers=MOST_WORKERS) -> list[str]:
     """Verdicts on the pairs. An answer may hold up those behind it for `slow` processor seconds."""
     verdicts = [CRASH] * len(pairs)
     # Neighbours stay together, for the completions of a group share their reference.
@@ -258,11 +260,12 @@ def end_worker(worker: Worker, pipe: int) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) in TIMERS
 
 
-def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
+def fork_worker(pairs, timeout, memory=MEMORY // MOST_WORKERS) -> tuple[int, int]:
     """Fork a process that writes a verdict a pair into a pipe, and ends. Returns pid and pipe.
 
     It sets two timers before each answer and leaves them to the kernel, which ends even a process
-    deep in arithmetic on big integers. memory: bytes that it may take.
+    deep in arithmetic on big integers. It may compute, and nothing else (run/jail.py). memory:
+    bytes that it may take beyond what it shares with the judge.
     """
     pipe, write = os.pipe()
     judge, pid = os.getpid(), os.fork()
@@ -275,8 +278,10 @@ def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
             signal.signal(timer, signal.SIG_DFL)  # it ends the process
         for stream in (0, 1, 2):  # what sympy prints must not reach the trainer
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        with suppress(ValueError, OSError):  # where there is no /proc, there is no limit
+            most = memory + address_space()
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        jail.shut()
         for answer, reference in pairs:
             signal.setitimer(signal.ITIMER_PROF, timeout)
             signal.setitimer(signal.ITIMER_REAL, PATIENCE * timeout)
@@ -286,6 +291,12 @@ def fork_worker(pairs, timeout, memory=2 << 30) -> tuple[int, int]:
             os.write(write, mark.encode())
     finally:
         os._exit(0)
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped."""
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    return int(pages) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def merge(args: argparse.Namespace, out: Path) -> None:
 
     args.plain = True  # the model as transformers made it
     models.model_config(args)
-    tokenizer = models.load_tokenizer(args.model)
+    tokenizer = models.load_tokenizer(args)
     model, _ = setup.load_model(args, dist.find_world(), train.quick(args))
     lora.merge(model)
     keep_valid(model.generation_config)

@@ -26,8 +26,9 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
             f"--model {args.model}: the embedded model is not on disk yet; make model puts it there"
         )
     try:
-        config = AutoConfig.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_code("--model", args.model, error)
         raise UsageError(
             f"--model {args.model}: not a model folder or hub id ({first_line(error)})"
         ) from error
@@ -38,7 +39,9 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=args.trust_remote_code
+            )
     except ValueError as error:
         raise UsageError(
             f"--model {args.model}: not a causal language model ({first_line(error)})"
@@ -49,6 +52,15 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
     if args.resume_from_checkpoint and has_checkpoint:
         check_checkpoint(args, model)
     return config
+
+
+def refuse_code(flag: str, model: str, error: Exception) -> None:
+    """UsageError, if transformers would read this model with the model's own code alone."""
+    if "trust_remote_code" in str(error):
+        raise UsageError(
+            f"{flag} {model}: brings Python of its own, which runs with your rights; "
+            "--trust_remote_code true allows it, once you have read it"
+        ) from error
 
 
 def refuse_recurrent(args: argparse.Namespace, model) -> None:
@@ -82,6 +94,7 @@ def load(args: argparse.Namespace, from_pretrained: Callable, dtype: torch.dtype
         model, info = from_pretrained(
             args.model,
             dtype=dtype,
+            trust_remote_code=args.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which then are told, and refused here
         )
@@ -131,11 +144,12 @@ def context_of(config) -> float:
     return math.inf
 
 
-def load_tokenizer(model: str):
+def load_tokenizer(args: argparse.Namespace):
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # a broken tokenizer.json is a bare Exception
-        message = f"--model {model}: no tokenizer there ({first_line(error)})"
+        refuse_code("--model", args.model, error)
+        message = f"--model {args.model}: no tokenizer there ({first_line(error)})"
         raise UsageError(message) from error
 
 

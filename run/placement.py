@@ -87,6 +87,7 @@ def engine_for(args: argparse.Namespace, world) -> OnRank0:
         say(world, f"{what}; --vllm_gpu_memory_utilization is {memory}")
     settings = {
         "model": args.model,
+        "trust_remote_code": args.trust_remote_code,
         "dtype": args.torch_dtype,
         "seed": args.seed % 2**32,
         "max_model_len": args.vllm_max_model_len,

@@ -268,7 +268,9 @@ def find_prompts(args: argparse.Namespace, config) -> tuple[int | None, int, int
             args.dataset, seed=args.seed, system=readers.read_system(args.system), read=readers.read
         )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model)
+            tokenizer = AutoTokenizer.from_pretrained(
+                args.model, trust_remote_code=args.trust_remote_code
+            )
         except (OSError, ValueError):  # there is none
             tokenizer = None
         if tokenizer and tokenizer.chat_template:  # or transformers made up one, without

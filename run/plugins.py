@@ -11,6 +11,7 @@ A reward that fails leaves its batch in failed-reward-step*.json, in the output 
 
 import asyncio
 import difflib
+import functools
 import importlib.machinery
 import importlib.util
 import inspect
@@ -122,12 +123,12 @@ class CheckedRewards(Rewards):
     RewardError if a reward fails on a batch, which is then kept in output_dir.
     """
 
-    load_scorer = staticmethod(scorer.load)
-
     def __init__(self, names, weights=None, *, reward_model=None, output_dir=None, **flags):
         names = list(names or [])
         check_names(names, reward_model)
         flags |= {"reward_model": reward_model, "output_dir": output_dir}
+        trusted = flags.get("trust_remote_code", False)
+        self.load_scorer = functools.partial(scorer.load, trust_remote_code=trusted)
         super().__init__(names, weights, **flags)
         self.output_dir = output_dir
         self.max_steps = flags.get("max_steps")
@@ -135,7 +136,7 @@ class CheckedRewards(Rewards):
         # One event loop for the run: what async rewards keep (a connection) may belong to it.
         self.runner = asyncio.Runner()
         if reward_model:
-            self.reward_model = scorer.check(reward_model)
+            self.reward_model = scorer.check(reward_model, trusted)
         check_weights(self.weights, self.names)
         self.weights = [float(weight) for weight in self.weights]
 

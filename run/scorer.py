@@ -14,13 +14,14 @@ from run import models
 BATCH_SIZE = 16  # chats scored at once
 
 
-def check(path: str) -> "Checked":
+def check(path: str, trust_remote_code: bool = False) -> "Checked":
     """UsageError if a folder or hub id is no sequence classifier with one output and a template."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        missing = missing_head(path, config)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        missing = missing_head(path, config, trust_remote_code)
     except (OSError, ValueError) as error:
+        models.refuse_code("--reward_model", path, error)
         raise UsageError(f"--reward_model {path}: cannot be read: {one_line(error)}") from error
     if config.num_labels != 1:
         problem = f"has {config.num_labels} outputs; a model with one is needed"
@@ -58,7 +59,7 @@ class Checked:
             )
 
 
-def missing_head(path: str, config) -> list[str]:
+def missing_head(path: str, config, trust_remote_code: bool = False) -> list[str]:
     """The weights of a classifier's head, if a local folder's files lack them all.
 
     They are read from the files' headers alone.
@@ -68,23 +69,29 @@ def missing_head(path: str, config) -> list[str]:
         with safe_open(file, "pt") as weights:
             there.update(weights.keys())
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     body = f"{model.base_model_prefix}."
     head = [name for name, _ in model.named_parameters() if not name.startswith(body)]
     return head if there and there.isdisjoint(head) else []
 
 
-def load(path: str, torch_dtype) -> tuple:
+def load(path: str, torch_dtype, trust_remote_code: bool = False) -> tuple:
     """As `rewards.load_scorer`: a model, its tokenizer, and how many chats to score at once.
 
     UsageError if the weights lack some, which transformers would make up at random.
     """
     from_pretrained = AutoModelForSequenceClassification.from_pretrained
-    model, info = from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+    model, info = from_pretrained(
+        path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     if info["missing_keys"]:
         missing = ", ".join(info["missing_keys"])
         raise UsageError(f"--reward_model {path}: its weights lack {missing}")
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, padding_side="right", trust_remote_code=trust_remote_code
+    )
     # The score is read at a row's last token that is no padding: of what it was trained with.
     config = model.config.get_text_config()
     if config.pad_token_id in range(len(tokenizer)):  # some say -1

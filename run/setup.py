@@ -26,6 +26,7 @@ class ModelOptions:
     torch_dtype: Annotated[Literal["bfloat16", "float32"], "of the weights"] = "bfloat16"
     train_type: Annotated[Literal["lora", "full"], "adapters, or all weights"] = "lora"
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory"] = True
+    trust_remote_code: Annotated[bool, "run the Python that a model's folder brings"] = False
     plain: Annotated[bool, "train without the parts in fast/: slower, same results"] = False
 
 

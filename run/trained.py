@@ -20,7 +20,9 @@ from run.folder import checkpoints
 
 # The flags of how a model is asked, and of how it is loaded.
 ASKING = ("system", "chat_template_kwargs", "response_prefix", "max_completion_length")
-ASKING += ("temperature", "top_p", "top_k", "seed", "torch_dtype", "plain")
+ASKING += ("temperature", "top_p", "top_k", "seed", "torch_dtype", "plain", "trust_remote_code")
+# Not taken from a run's folder, which somebody else may have written.
+TYPED = {"trust_remote_code"}
 
 
 @dataclasses.dataclass
@@ -99,7 +101,7 @@ def flags_of(checkpoint: Checkpoint, names: Collection[str], typed: dict) -> arg
     if checkpoint.args_file:
         parser.prefix = f"{checkpoint.args_file}: "
         values = flags.values_of(checkpoint.args_file, parser)
-        kept = {name: value for name, value in values.items() if name in names}
+        kept = {name: value for name, value in values.items() if name in set(names) - TYPED}
         words = flags.as_words(kept, parser)
     args = parser.parse_args(words)
     del args.config

@@ -13,8 +13,10 @@ To change what counts as lost, change `Watch._next_loss`; to change what happens
 
 import errno
 import fcntl
+import ipaddress
 import math
 import os
+import secrets
 import selectors
 import socket
 import struct
@@ -28,6 +30,7 @@ import torch.distributed as torch_dist
 
 from data import UsageError
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # what no other machine could mean
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the address of a network interface
 
 
@@ -50,7 +53,7 @@ def meet(
         return None, None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = find_store(rank, host, port, meeting)
+        store = find_store(rank, size, host, port, meeting)
         watch = Watch(rank, size, place, host, store, timeout, on_loss, meeting)
     except (torch_dist.DistError, OSError) as error:
         if os.strerror(errno.EADDRINUSE).lower() in str(error).lower():
@@ -69,20 +72,29 @@ def meet(
     return store, watch
 
 
-def find_store(rank: int, host: str, port: int, meeting: float) -> torch_dist.Store:
+def find_store(rank: int, size: int, host: str, port: int, meeting: float) -> torch_dist.Store:
     """The table of names and values that all ranks share: torchrun's, or else rank 0 serves it."""
     has_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = torch_dist.TCPStore(
-        host,
-        port,
-        is_master=rank == 0 and not has_torchruns,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=meeting),
-        multi_tenant=True,
-    )
+    patience = timedelta(seconds=meeting)
+    if rank == 0 and not has_torchruns:
+        store = serve_store(host, port, size, patience)
+    else:
+        store = torch_dist.TCPStore(host, port, is_master=False, timeout=patience)
     # torchrun's outlives a run that it starts again, which must not find the names of the first.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     return torch_dist.PrefixStore(f"train/{attempt}", store)
+
+
+def serve_store(
+    host: str, port: int, size: int, patience: timedelta = timedelta(seconds=300)
+) -> torch_dist.TCPStore:
+    """A store served from here for so many processes; by itself torch would listen on all of this
+    machine's addresses. port: 0 takes one that is free."""
+    server = listen(host, size, port)
+    port = server.getsockname()[1]
+    settings = {"wait_for_workers": False, "timeout": patience, "multi_tenant": True}
+    descriptor = server.detach()  # the store closes it
+    return torch_dist.TCPStore(host, port, is_master=True, master_listen_fd=descriptor, **settings)
 
 
 def interface_to(host: str) -> str | None:
@@ -97,6 +109,39 @@ def interface_to(host: str) -> str | None:
                 if socket.inet_ntoa(answer[20:24]) == own_address:
                     return name
     return None
+
+
+def listen(host: str, size: int, port: int = 0) -> socket.socket:
+    """A server at this machine's address `host` for so many processes. port: 0 takes a free one.
+
+    A name that stands for loopback here may be known by another address elsewhere, so ranks of
+    several machines are then heard on all of them.
+    """
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    is_name = host not in LOOPBACK
+    is_loopback = ipaddress.ip_address(address[0]).is_loopback
+    if is_name and is_loopback and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < size:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        return socket.create_server(("", port), family=family, backlog=size, dualstack_ipv6=dual)
+    return socket.create_server(address[:2], family=family, backlog=size)
+
+
+def read_line(connection: socket.socket, seconds: float, most: int) -> str:
+    """A line that comes within so many seconds and bytes; ValueError or OSError for anything else."""
+    deadline, said = time.monotonic() + seconds, b""
+    while not said.endswith(b"\n"):
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        part = connection.recv(most - len(said))
+        if not part:  # it has ended, or says too much
+            raise ValueError("no line")
+        said += part
+    return said.decode().strip()
+
+
+def printable(text: str) -> str:
+    """What others say, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class Watch:
@@ -119,6 +164,7 @@ class Watch:
     # What is said on a connection; any other bytes are the line of a loss.
     ALIVE, FAILED, DONE, ASKED = b"\1", b"\2", b"\3", b"\4"
     PATIENCE = 15.0  # seconds until rank 0 says for whom it waits
+    HELLO = 2.0  # seconds in which one who connects has to say who it is
     GRACE = 3.0  # seconds to end with an error of one's own when another has said that it failed
 
     def __init__(
@@ -137,7 +183,7 @@ class Watch:
         # Connections, and who is at their other ends: all others on rank 0, rank 0 on the others.
         self.peers: dict[socket.socket, str] = {}
         if rank == 0:
-            self._await_all(size, place, store, time.monotonic() + meeting)
+            self._await_all(size, place, host, store, time.monotonic() + meeting)
         else:
             self._join_main(rank, place, host, store, meeting)
         for connection in self.peers:
@@ -170,52 +216,52 @@ class Watch:
     def _join_main(
         self, rank: int, place: str, host: str, store: torch_dist.Store, meeting: float
     ) -> None:
-        """Introduce this rank to rank 0, which says in the store where it listens."""
-        port, main = store.get("watch").decode().split(" ", 1)
+        """Introduce this rank to rank 0, which says in the store where it listens, and the word by
+        which it tells a rank from a stranger."""
+        port, word, main = store.get("watch").decode().split(" ", 2)
         connection = socket.create_connection((host, int(port)), meeting)
-        connection.sendall(f"{rank} {place}\n".encode())
+        connection.sendall(f"{word} {rank} {place}\n".encode())
         if not connection.recv(1):  # rank 0's first sign of life: all have come
             raise ConnectionError(f"{main} has ended")
-        self.peers[connection] = main
+        self.peers[connection] = printable(main)
 
-    def _await_all(self, size: int, place: str, store: torch_dist.Store, deadline: float) -> None:
+    def _await_all(
+        self, size: int, place: str, host: str, store: torch_dist.Store, deadline: float
+    ) -> None:
         """Rank 0's: let all others introduce themselves."""
         missing = set(range(1, size))
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        server = socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=dual)
-        with server:
-            store.set("watch", f"{server.getsockname()[1]} {place}")
+        word = secrets.token_hex(16)
+        with listen(host, size) as server:
+            store.set("watch", f"{server.getsockname()[1]} {word} {place}")
             speak = time.monotonic() + self.PATIENCE
             while missing:
-                server.settimeout(max(0.001, min(speak, deadline) - time.monotonic()))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    names = ", ".join(map(str, sorted(missing)))
-                    if time.monotonic() >= deadline:
-                        raise UsageError(
-                            f"--nnodes: rank {names} of {size} did not come within the time to "
-                            "meet; the same command on every node, each with its --node_rank, works"
-                        ) from None
+                names = ", ".join(map(str, sorted(missing)))
+                if time.monotonic() >= deadline:  # strangers may come for as long as they like
+                    raise UsageError(
+                        f"--nnodes: rank {names} of {size} did not come within the time to "
+                        "meet; the same command on every node, each with its --node_rank, works"
+                    )
+                if time.monotonic() >= speak:
                     print(f"waiting for rank {names} of {size}", flush=True)
                     speak = math.inf  # once is enough
-                    continue
-                self._admit(connection, missing)
+                server.settimeout(max(0.001, min(speak, deadline) - time.monotonic()))
+                with suppress(TimeoutError):
+                    connection, _ = server.accept()
+                    self._admit(connection, missing, word)
         for connection in self.peers:
             connection.sendall(self.ALIVE)
 
-    def _admit(self, connection: socket.socket, missing: set[int]) -> None:
+    def _admit(self, connection: socket.socket, missing: set[int], word: str) -> None:
         """Take a connection's other end off the missing ranks, if it is one of them."""
         try:
-            connection.settimeout(5.0)
-            with connection.makefile() as line:
-                rank, place = line.readline(1000).strip().split(" ", 1)
+            said, rank, place = read_line(connection, self.HELLO, 1000).split(" ", 2)
+            if not secrets.compare_digest(said.encode(), word.encode()):
+                raise ValueError("not of this run")
             missing.remove(int(rank))
         except (ValueError, KeyError, OSError):  # a stranger, who looks for open ports
             connection.close()
         else:
-            self.peers[connection] = place
+            self.peers[connection] = printable(place)
 
     # Watching, in a thread
 
@@ -251,7 +297,9 @@ class Watch:
                     heard[connection] = time.monotonic()
                     told = said.strip(self.ALIVE + self.FAILED + self.DONE + self.ASKED)
                     if told:  # rank 0 has lost another one
-                        return told.decode(), self.GRACE if self.FAILED in said else 0.0
+                        return printable(
+                            told.decode(errors="replace")
+                        ), self.GRACE if self.FAILED in said else 0.0
                     if self.FAILED in said:
                         return f"lost {place}: it failed, and has told why", self.GRACE
                     if self.ASKED in said:

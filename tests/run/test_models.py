@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from conftest import (
     ARCHITECTURES,
+    EMBEDDED_MODEL,
     checkpoint_weights,
     flags_for,
     read_metrics,
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import train
 from data import UsageError
-from run import models
+from run import models, trained
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -164,3 +166,74 @@ def test_an_evaluation_on_start_has_rows_and_the_run_ends_with_one(model_folder,
     changes |= {"num_generations_eval": 1, "max_steps": 2}
     train_here(*flags_for(model_folder, plugin, tmp_path, **changes))
     assert [line["step"] for line in read_metrics(tmp_path, evaluations=True)] == [0, 2]
+
+
+# Code that a model brings -----------------------------------------------------------------------
+
+BRINGS = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+pathlib.Path({marker!r}).touch()
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+class OddForSequenceClassification(LlamaForSequenceClassification):
+    config_class = OddConfig
+"""
+
+
+@pytest.fixture
+def odd(model_folder, tmp_path, monkeypatch):
+    """A model that transformers does not know, and a file that is there once its code has run."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks on standard input"))
+    folder, marker = tmp_path / "odd", tmp_path / "ran"
+    shutil.copytree(model_folder, folder)
+    (folder / "odd.py").write_text(BRINGS.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "odd"}
+    config["num_labels"] = 1
+    config["auto_map"] = {
+        "AutoConfig": "odd.OddConfig",
+        "AutoModelForCausalLM": "odd.OddForCausalLM",
+        "AutoModelForSequenceClassification": "odd.OddForSequenceClassification",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, marker
+
+
+def test_a_models_own_code_runs_where_it_is_allowed_alone(odd, plugin, tmp_path, capsys):
+    folder, marker = odd
+    words = [str(word) for word in flags_for(folder, plugin, tmp_path / "run", max_steps=1)]
+    for command, at_fault in (
+        (words, "--model"),
+        ([*words, "--dry_run", "true"], "--model"),
+        ([*words[:1], EMBEDDED_MODEL, *words[2:], "--reward_model", folder], "--reward_model"),
+    ):
+        assert words[0] == "--model"
+        with pytest.raises(SystemExit) as ended:
+            train_here(*command)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and not marker.exists()
+        assert f"{at_fault} {folder}: brings Python of its own" in said
+        assert "--trust_remote_code true" in said
+    train_here(*words, "--trust_remote_code", "true")
+    assert marker.exists() and len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_a_strangers_checkpoint_cannot_say_that_its_code_is_trusted(odd):
+    folder, marker = odd
+    words = {"trust_remote_code": True, "temperature": 0.5, "dataset": ["arithmetic"]}
+    (folder / "args.json").write_text(json.dumps(words))
+    checkpoint = trained.find(str(folder))
+    args = trained.flags_of(checkpoint, (*trained.ASKING, "dataset"), {})
+    assert args.temperature == 0.5 and not args.trust_remote_code
+    with pytest.raises(UsageError, match="brings Python of its own"):
+        models.model_config(args)
+    assert not marker.exists()
+    args = trained.flags_of(checkpoint, (*trained.ASKING, "dataset"), {"trust_remote_code": True})
+    models.model_config(args)
+    assert marker.exists()

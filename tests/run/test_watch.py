@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
@@ -44,8 +44,7 @@ def rank_of_a_run(case: str, rank: int, size: int) -> None:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch_dist.PrefixStore("train/0", torch_dist.TCPStore(*address, is_master=False))
         port = int(store.get("watch").split()[0])
-        # A stranger, who looks for open ports.
-        socket.create_connection(("127.0.0.1", port)).close()
+        visit(port)
     meeting = 3.0 if case == "absent" else 30.0
     try:
         store, watcher = watch.meet(rank, size, world.place, timeout, lost, meeting)
@@ -76,6 +75,22 @@ def rank_of_a_run(case: str, rank: int, size: int) -> None:
             watcher.defer()
             raise
     watcher.close(watcher.DONE)
+
+
+def visit(port: int) -> None:
+    """Strangers of several kinds, one of whom says nothing, slowly."""
+    for said in (b"", b"\xff\0\n", b"2 a rank by number alone\n", b"x" * 5000, b"0 " * 400 + b"\n"):
+        with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
+            stranger.sendall(said)
+            stranger.settimeout(10)
+            stranger.recv(1)  # rank 0 hangs up
+    slow = socket.create_connection(("127.0.0.1", port))
+    begun = time.monotonic()
+    with suppress(OSError):
+        while time.monotonic() < begun + 30:
+            slow.sendall(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() < begun + 10
 
 
 def jobs_of(case: str, size: int = 3, **changes) -> list:
@@ -149,3 +164,37 @@ def test_the_interface_to_a_host_is_found():
     """gloo takes it, instead of what the host name stands for."""
     assert watch.interface_to("127.0.0.1") == "lo"
     assert watch.interface_to("::1") is None  # no IPv4 address
+
+
+def test_servers_are_heard_at_the_address_they_name_alone():
+    def answers(host, port):
+        with suppress(ConnectionRefusedError), socket.create_connection((host, port), 5):
+            return True
+        return False
+
+    store = watch.serve_store("127.0.0.1", 0, 2)
+    with watch.listen("127.0.0.1", 2) as server:
+        for port in (server.getsockname()[1], store.port):
+            assert answers("127.0.0.1", port) and not answers("127.0.0.2", port)
+    other = torch_dist.TCPStore("127.0.0.1", store.port, 2, is_master=False)
+    other.set("name", "value")
+    assert store.get("name") == b"value"
+
+
+def test_a_name_that_is_loopback_here_alone_is_heard_on_all_addresses(monkeypatch):
+    def found(host, port, **settings):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.1.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with watch.listen("node-0", 2) as server:
+        assert server.getsockname()[0] in ("::", "0.0.0.0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with watch.listen("node-0", 2) as server:
+        assert server.getsockname()[0] == "127.0.1.1"
+
+
+def test_what_another_says_reaches_no_terminal_as_commands():
+    said = "lost rank 1 on \x1b]0;owned\x07\x1b[2J\u202ehost\n"
+    assert "\x1b" not in watch.printable(said) and "\u202e" not in watch.printable(said)
+    assert watch.printable("rank 1 on näve-7") == "rank 1 on näve-7"
