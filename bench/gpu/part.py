@@ -31,8 +31,9 @@ class Part:
 
     everyone: "list[Part]" = []
 
-    def __init__(self, name: str, device: torch.device, tiny: bool, folder: Path):
-        self.name, self.device, self.tiny, self.folder = name, device, tiny, folder
+    def __init__(self, name: str, device: torch.device, tiny: bool, out: Path, folder: Path):
+        self.name, self.device, self.tiny = name, device, tiny
+        self.out, self.folder = out, folder  # what is kept, and what ends with the kit
         self.found, self.wrong = {}, []
         self.processes: list[subprocess.Popen] = []
         Part.everyone.append(self)

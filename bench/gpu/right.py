@@ -40,17 +40,7 @@ def env(part: Part) -> None:
     part.tell("torch", torch.__version__)
     part.tell("transformers", transformers.__version__)
     part.tell("cores", len(os.sched_getaffinity(0)))
-    known = (
-        "math_verify",
-        "datasets",
-        "filelock",
-        "rich",
-        "yaml",
-        "tqdm",
-        "pyarrow",
-        "peft",
-        "trl",
-    )
+    known = ("math_verify", "datasets", "filelock", "rich", "yaml", "pyarrow", "peft", "trl")
     part.tell("missing", [name for name in known if importlib.util.find_spec(name) is None])
     if part.on_gpu:
         part.tell("gpu", torch.cuda.get_device_name())
@@ -139,7 +129,8 @@ def long_rows(tiny: bool) -> tuple[list, list]:
 
 
 def packed(part: Part) -> None:
-    """In bfloat16 the quick pass may be half as far again from float64 as the plain one."""
+    """Beside float64: how far the plain pass is from it by rounding alone says how far the quick one
+    may be."""
     prompts, completions = long_rows(part.tiny)
     shape = {"max_position_embeddings": 2048, "num_hidden_layers": 4}
     if not part.tiny:
@@ -159,10 +150,10 @@ def packed(part: Part) -> None:
                 exact = own if exact is None else exact
                 errors[dtype, way] = float((own - exact).norm() / exact.norm())
         part.check(f"{architecture} float64", errors[torch.float64, fast], 1e-5)
-        part.check(f"{architecture} float32", errors[torch.float32, fast], 1e-4)
-        plain = errors[torch.bfloat16, grpo]
-        part.tell(f"{architecture} bfloat16, plain", round(plain, 4))
-        part.check(f"{architecture} bfloat16", errors[torch.bfloat16, fast], 1.5 * plain)
+        for dtype, factor in ((torch.float32, 3.0), (torch.bfloat16, 1.5)):
+            plain = errors[dtype, grpo]
+            part.tell(f"{architecture} {dtype}, plain", float(f"{plain:.3g}"))
+            part.check(f"{architecture} {dtype}", errors[dtype, fast], factor * plain)
 
 
 def head(part: Part) -> None:
@@ -329,45 +320,60 @@ def sampling(part: Part) -> None:
 
 def learn(part: Part) -> None:
     """For both kinds a run without a stop, and one that SIGTERM stops and that then goes on. All
-    are at work at once."""
+    are at work at once. The temperature makes a few tokens likely, so that there is something to
+    learn in thirty steps; it also lets what rounds otherwise (a GPU adds in any order) grow, so
+    that the two runs need only end alike.
+    """
     size = transformers.AutoTokenizer.from_pretrained(tokenizer_folder()).vocab_size
     small = tiny_model("llama", vocab_size=size, tie_word_embeddings=True)
     model = save_with_tokenizer(small, part.folder / "tiny")
     steps, rows = (6, 16) if part.tiny else (30, 64)
     flags, stopped, runs = {}, {}, {}
-    for kind, learning_rate in (("lora", 1e-2), ("full", 3e-3)):
+    for kind, learning_rate in (("lora", 1e-2), ("full", 1e-3)):
         common = {"train_type": kind, "torch_dtype": "float32", "learning_rate": learning_rate}
         common |= {"max_steps": steps, "lr_scheduler_type": "constant", "beta": 0.001}
-        common |= {"per_device_train_batch_size": rows, "max_completion_length": 16}
+        common |= {"max_completion_length": 8, "temperature": 0.1}
+        common |= {"per_device_train_batch_size": rows}
         flags[kind] = train_flags(part, model, f"{kind}-stopped", **common)
         stopped[kind] = part.start(["train.py", *flags[kind]], f"{kind}-stopped.log")
         whole = train_flags(part, model, f"{kind}-whole", **common)
         runs[kind] = part.start(["train.py", *whole], f"{kind}-whole.log")
+    waiting = dict(stopped)
+    while waiting:
+        time.sleep(0.02)
+        for kind, process in list(waiting.items()):
+            has_begun = len(read_metrics(part.folder / f"{kind}-stopped")) >= steps // 3
+            if has_begun or process.poll() is not None:
+                process.send_signal(signal.SIGTERM)
+                del waiting[kind]
+    finish(*stopped.values(), status=143)
     again = {}
-    for kind, process in stopped.items():
-        while len(read_metrics(part.folder / f"{kind}-stopped")) < steps // 3:
-            if process.poll() is not None:
-                finish(process, status=143)  # it ended by itself
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGTERM)
-        finish(process, status=143)
-        resumed = [*flags[kind], "--resume_from_checkpoint", "true"]
-        again[kind] = part.start(["train.py", *resumed], f"{kind}-again.log")
+    for kind, words in flags.items():
+        resumed = ["train.py", *words, "--resume_from_checkpoint", "true"]
+        again[kind] = part.start(resumed, f"{kind}-again.log")
     finish(*runs.values(), *again.values())
     for kind in runs:
         whole = read_metrics(part.folder / f"{kind}-whole")
         resumed = read_metrics(part.folder / f"{kind}-stopped")
-        rewards = [line["reward"] for line in whole]
-        first, last = statistics.mean(rewards[:3]), statistics.mean(rewards[-3:])
-        part.tell(f"{kind}: reward, first and last three", [round(first, 3), round(last, 3)])
-        part.wants(f"{kind}: the reward rises", part.tiny or last > first + 0.05)
-        part.wants(f"{kind}: a line a step", [m["step"] for m in resumed] == [*range(1, steps + 1)])
+        for name, lines in (("whole", whole), ("stopped", resumed)):
+            rewards = [line["reward"] for line in lines]
+            first, last = statistics.mean(rewards[:3]), statistics.mean(rewards[-3:])
+            part.tell(f"{kind}, {name}: first and last rewards", [round(first, 3), round(last, 3)])
+            part.wants(f"{kind}, {name}: the reward rises", part.tiny or last > first + 0.1)
+            in_order = [line["step"] for line in lines] == [*range(1, steps + 1)]
+            part.wants(f"{kind}, {name}: a line a step", in_order)
         apart = [abs(a["reward"] - b["reward"]) for a, b in zip(whole, resumed)]
-        part.check(f"{kind}: reward, stopped beside whole", max(apart), 0.1)
-        part.tell(f"{kind}: steps that are equal", sum(difference == 0 for difference in apart))
+        others = [line["step"] for line, differs in zip(whole, apart) if differs]
+        part.tell(f"{kind}: first step of another reward", others[:1])
+        part.tell(f"{kind}: resumed behind step", resumed_at(part, kind))
         drift = max(line["sampler/logp_diff"] for line in whole)
-        part.check(f"{kind}: sampler/logp_diff", drift, 1e-4)
+        part.check(f"{kind}: sampler/logp_diff", drift, 1e-3)
         part.tell(f"{kind}: s a step", statistics.median(line["time/step"] for line in whole))
+
+
+def resumed_at(part: Part, kind: str) -> int:
+    said = (part.folder / f"{kind}-again.log").read_text()
+    return int(re.search(r"resumes from \S*checkpoint-(\d+)", said)[1])
 
 
 def start_tests(part: Part) -> None:
@@ -381,7 +387,7 @@ def start_tests(part: Part) -> None:
     if part.tiny:
         every = some = ["tests/fast/test_head.py", "tests/fast/test_draw.py"]
     cores = len(os.sched_getaffinity(0))
-    common = ["-m", "pytest", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
+    common = ["-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     gpu = {"TESTS_DEVICE": part.device.type, "PYTHONPATH": f"{ROOT}/bench/gpu:{inherited_path()}"}
     several = ["-n", min(4, cores // 2), *some]
     part.start([*common, "-p", "on_device", *several], "tests-device.log", **gpu)
@@ -398,6 +404,7 @@ def own_tests(part: Part) -> None:
     for process, name in zip(part.processes, ("on the device", "on the CPU")):
         process.wait()
         text = process.log.read_text()
+        (part.out / process.log.name).write_text(text)
         summary = re.findall(r"^.*\b\d+ (?:passed|failed|error).*$", text, re.MULTILINE)
         part.tell(name, summary[-1].strip("= ") if summary else text[-300:])
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", text, re.MULTILINE)

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,8 +77,7 @@ def seconds_of(work: Callable, device: torch.device, turns: int) -> float:
 def profiled(work: Callable, device: torch.device, seconds: float) -> dict:
     """What the device does while `work` runs, which takes so many seconds unwatched."""
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as watch:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as watch:
         work()
         synchronize(device)
     events = watch.key_averages()
@@ -228,6 +228,7 @@ DECODINGS = [
     Work("1.5B", "full", 8, 8, 300, 64),
     Work("1.5B", "lora", 1, 8, 300, 64),
 ]
+FEW, MORE = 4, 8  # steps that are taken apart
 TINY_DECODINGS = [Work("tiny", "lora", 2, 4, 20, 16), Work("tiny", "full", 1, 4, 20, 16)]
 
 
@@ -240,7 +241,7 @@ def decode_speed(part: Part) -> None:
 
 
 def decode_speeds(part: Part, work: Work, row: dict) -> None:
-    """ours: with the prefill; a step alone is what eight more of them take."""
+    """ours: with the prefill; a step alone is what MORE of them take beyond FEW."""
     model = build(work.size, work.kind, part.device).eval()
     ids = torch.tensor(work.prompt_ids, device=part.device)  # (B, prompt)
 
@@ -267,14 +268,13 @@ def decode_speeds(part: Part, work: Work, row: dict) -> None:
 
     measure("ours", sample)
     row["floor, ms a token"] = round(bytes_of_step(model, work) / BANDWIDTH * 1e3, 2)
-    short, long = (seconds_of(lambda n=n: sample(n), part.device, turns=2) for n in (4, 12))
-    row["a step alone, ms"] = round((long - short) / 8 * 1e3, 2)
-    before, after = (profiled(lambda n=n: sample(n), part.device, long) for n in (4, 12))
-    more = {"kernels": (after["kernels"] - before["kernels"]) / 8}
-    more["busy ms"] = round((after["busy ms"] - before["busy ms"]) / 8, 2)
-    for name, count in after["waits"].items():
-        more[name] = (count - before["waits"].get(name, 0)) / 8
-    row["in a step"] = more
+    turns = [partial(sample, FEW), partial(sample, FEW + MORE)]
+    short, long = (seconds_of(turn, part.device, turns=2) for turn in turns)
+    row["a step alone, ms"] = round((long - short) / MORE * 1e3, 2)
+    before, after = (profiled(turn, part.device, long) for turn in turns)
+    more = {name: after[name] - before[name] for name in ("kernels", "busy ms")}
+    more |= {name: n - before["waits"].get(name, 0) for name, n in after["waits"].items()}
+    row["in a step"] = {name: round(value / MORE, 2) for name, value in more.items()}
     row["longest, ms"] = after["longest, ms"]
 
 
@@ -299,39 +299,42 @@ def model_on_disk(part: Part):
     folder = part.folder / size
     if not (folder / "tokenizer.json").exists():
         save_with_tokenizer(build(size, "full", part.device), folder)
+        free_memory(part.device)
     return folder
 
 
 def memory(part: Part) -> None:
-    """The largest moment of a step that the plan tells, and what the run held. A temperature of 5
-    makes every completion as long as it may be."""
+    """The largest moment of a step that the plan tells, and what the run held by the end of its
+    first. A temperature of 5 makes every completion as long as it may be; nothing is saved."""
     model, dtype = model_on_disk(part), precision(part.device)
-    runs = {}
-    for kind in ("lora", "full"):
-        length, rows = (16, 8) if part.tiny else (512, 16)
-        words = {"train_type": kind, "max_steps": 2, "temperature": 5.0, "dataset": "arithmetic#64"}
-        words |= {"max_completion_length": length, "per_device_train_batch_size": rows}
-        words |= {"torch_dtype": str(dtype).removeprefix("torch.")}
-        for recomputing in ("true", "false"):
-            name = f"{kind}, recomputing {recomputing}"
-            own = words | {"gradient_checkpointing": recomputing}
-            runs[name] = train_flags(part, model, f"memory-{kind}-{recomputing}", **own)
-    together = [("lora, recomputing true", "full, recomputing true")]
-    together.append(("lora, recomputing false", "full, recomputing false"))
-    for names in together:
-        finish(*(part.start(["train.py", *runs[n]], f"memory {n}.log") for n in names))
-        for name in names:
-            args = flags.parse_args([*runs[name], "--dry_run", "true"])
+    length, rows = (16, 8) if part.tiny else (256, 16)
+    for recomputing in ("true", "false"):
+        runs = {}
+        for kind in ("lora", "full"):
+            words = {"train_type": kind, "temperature": 5.0, "gradient_checkpointing": recomputing}
+            words |= {"max_completion_length": length, "per_device_train_batch_size": rows}
+            words |= {"torch_dtype": str(dtype).removeprefix("torch.")}
+            runs[kind] = train_flags(part, model, f"memory-{kind}-{recomputing}", **words)
+        started = {k: part.start(["train.py", *own], f"memory-{k}.log") for k, own in runs.items()}
+        for kind, process in started.items():
+            args = flags.parse_args([*runs[kind], "--dry_run", "true"])
+            lines = []
+            while not lines:
+                time.sleep(0.1)
+                lines = read_metrics(Path(args.output_dir))
+                if process.poll() is not None:
+                    finish(process)
+            measured = lines[0]["memory/peak_gib"] * 2**30 / 1e9
             _, terms = plan.make(args, models.model_config(args), dist.find_world(args.device))
             moments = plan.sums(terms)
-            del moments["save"]  # no line of metrics tells of it
+            del moments["save"]
             planned = {moment: round(value / 1e9, 2) for moment, value in moments.items()}
-            lines = read_metrics(Path(args.output_dir))
-            measured = max(line["memory/peak_gib"] for line in lines) * 2**30 / 1e9
+            name = f"{kind}, recomputing {recomputing}"
             part.tell(f"{name}: planned, measured GB", [planned, round(measured, 2)])
             if part.on_gpu:
                 off = abs(max(planned.values()) / measured - 1)
                 part.check(f"{name}: the plan is off by", off, 0.25)
+        part.close()
 
 
 def whole_run(part: Part) -> None:
