@@ -116,7 +116,7 @@ def run(function, part: Part, limit: float, results: dict, file: Path) -> dict:
         """The alarm was not heard: a call of CUDA or NCCL does not return."""
         nonlocal error
         error = "it hangs"
-        note()
+        print_verdict(part, note())
         start_again()
 
     watchdog = threading.Timer(limit + 15, end_hang)
