@@ -65,7 +65,8 @@ from run.units import CURRENCY, amount, compound, measured, same_unit
 
 LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? )?(?:\(([A-J])\)|([A-J]))[.:)]?")
 LETTER_AND_TEXT = re.compile(
-    r"(?:\(([A-J])\)[.:]?|([A-J])(?:[.:]|\)[.:]?)) ?(?=[A-Za-z0-9$-]|\\(?:frac|sqrt|pi|infty))(.+)"
+    r"(?:(?:[Oo]ption|[Cc]hoice):? )?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:]|\)[.:]?)) ?(?=[A-Za-z0-9$-]|\\(?:frac|sqrt|pi|infty))"
+    r"(?!(?:is|isn't|was|can|cannot|may|might|would|could|seems|not?|wrong|incorrect|false|if|only|unless)\b)(.+)"
 )
 ANOTHER_LETTER = re.compile(
     r"\([A-J]\)|(?:\b(?:and|or)\b|[,/&]) ?\(?[A-J]\b|\b[A-J][.:)]|^\(?[A-J]\)?$"
@@ -242,14 +243,15 @@ def named(text: str) -> tuple[str | None, str]:
 
 def counted(text: str) -> str | None:
     """`C(5,2)` and `5P2` in digits."""
-    match = CHOICES.fullmatch(text)
+    match = CHOICES.match(text)
     if not match:
         return None
+    rest = text[match.end() :]  # C(5,2) ways
     found = list(filter(None, match.groups()))
     kind = next(part for part in found if part in "CP")
     found.remove(kind)
     n, k = map(int, reversed(found) if text[1] == "^" else found)
-    return str((comb if kind == "C" else perm)(n, k))
+    return f"{(comb if kind == 'C' else perm)(n, k)}{rest}"
 
 
 def amount_verdict(answer, reference, a, b):

@@ -13,6 +13,7 @@ To let another spelling count, add it to a table below.
 """
 
 import re
+from math import comb
 
 LONGEST = 500  # characters of an answer that is looked into
 
@@ -222,7 +223,7 @@ DIGITS_APART = re.compile(
 # 0.1\overline{6}, 0.\dot{4}\dot{5}, and 0.(3); 0.1(6) would be a product, too.
 OVERLINED = re.compile(
     r"(?<![\d.,])(\d{0,15})\.(?:(\d{0,20})\\(?:overline|bar|dot)\s*(?:\{(\d{1,20})\}|(\d))"
-    r"(?:\\dot\s*\{?(\d)\}?)?|\((\d{1,20})\))(?![\d.\\(^!])"
+    r"(?:\\dot\s*\{?(\d)\}?)?|\((\d{1,20})\))(?![\d.(^!]|\\[A-Za-z])"
 )
 CHOOSE = re.compile(
     r"\\[dt]?binom\s*(?:(\d)\s*(\d)(?!\d)|\{\s*(\d{1,3})\s*\}\s*\{\s*(\d{1,3})\s*\})"
@@ -323,6 +324,8 @@ TYPED = [
     ),
     (re.compile(r"\^\s*(-\d+|-?\d+\.\d+)"), r"^{\1}"),
     (re.compile(r"\\\$\s*"), ""),
+    # math_verify takes 2(3) for 2 + 3
+    (re.compile(r"(?<![\w\\.^{}])(\d+(?:\.\d+)?)\s*\((?=\d+(?:\.\d+)?\))"), r"\1 \\cdot ("),
 ]
 
 
@@ -342,12 +345,24 @@ def formula(text: str) -> str:
     text = INFINITY.sub(r"\\infty ", text)
     text = NAMED.sub(r"\\\1 ", text)
     text = BARE_ROOT.sub(r"\\sqrt{\1}", BARE_CUBE_ROOT.sub(r"\\sqrt[3]{\1}", text))
+    text = CHOOSE.sub(worth, text)
     return called(text).strip()
 
 
 def improper(match: re.Match) -> str:
     whole, above, below = map(int, match.groups())
     return rf"\frac{{{whole * below + above}}}{{{below}}}" if 0 < above < below else match[0]
+
+
+def worth(match: re.Match) -> str:
+    n, k = filter(None, match.groups())
+    return (
+        rf"\cdot ({comb(int(n), int(k))})" if factor_before(match) else f"({comb(int(n), int(k))})"
+    )
+
+
+def factor_before(match: re.Match) -> bool:
+    return bool(re.search(r"[\w)}] ?$", match.string[max(0, match.start() - 2) : match.start()]))
 
 
 def called(text: str) -> str:

@@ -37,10 +37,10 @@ def one_of(*tables) -> str:
 
 
 TO_99 = rf"(?:{one_of(TENS)}(?:[ -]{one_of(ONES)})?|{one_of(ONES, TEENS)})"
-TO_999 = rf"(?:(?:{one_of(ONES)}|a) hundred\b(?: (?:and )?{TO_99})?|{TO_99})"
+TO_999 = rf"(?:(?:{one_of(ONES, TEENS)}|a) hundred\b(?: (?:and )?{TO_99})?|{TO_99})"
 WHOLE = (
-    rf"(?:(?:{TO_999}|an?) {one_of(SCALES)}(?:,? (?:and )?(?={TO_999}))?)*{TO_999}?"
-    r"(?: dozen\b)?|an? dozen\b"
+    rf"an? dozen\b|(?:(?:{TO_999}|an?) {one_of(SCALES)}(?:,? (?:and )?(?={TO_999}))?)*{TO_999}?"
+    r"(?: dozen\b)?"
 )
 NUMERAL = re.compile(
     rf"(?P<minus>minus |negative )?"
@@ -50,7 +50,7 @@ NUMERAL = re.compile(
 )
 # Behind a numeral, these make another number of it, or none: seven twentieths, half past six.
 ANY = re.compile(
-    rf"\b(?:of|past|to|hundred|{one_of(VALUES.keys() - {'a', 'an'}, SCALES, PARTS)})\b", re.I
+    rf"\b(?:of|past|to|dozen|hundred|{one_of(VALUES.keys() - {'a', 'an'}, SCALES, PARTS)})\b", re.I
 )
 
 

@@ -144,12 +144,15 @@ SAME = {
         r"\frac{17}{30} | 0.5\overline{6} | 0.5666... | 0.5\bar{6} | 0.5666\ldots",
         r"-\frac{14}{11} | -1.\overline{27} | -1.2727... | -1.27\overline{2727} | -1.\dot{2}\dot{7}",
         r"2 | 1.\overline{9} | 1.999...",
+        r"33.\overline{3}\% | 33\frac13\% | 1/3 | 33.333...%",
     ],
     "number words": [
         r"7 | seven | Seven | SEVEN | \text{seven} | \boxed{seven} | The answer is seven. | It is seven.",
         r"7 | seven apples | seven dollars | **Seven**, | $7 | 7 apples",
         r"38 | thirty-eight | Thirty-Eight | thirty eight | thirty‑eight | thirty-eight km",
         r"360 | three hundred sixty | three hundred and sixty | thirty dozen",
+        r"12 | a dozen | one dozen eggs | twelve",
+        r"1,500 | fifteen hundred",
         r"5,217 | five thousand two hundred seventeen | five thousand, two hundred and seventeen",
         r"1000000 | one million | a million | 1 million",
         r"-4 | minus four | negative four",
@@ -166,6 +169,7 @@ SAME = {
     "choosing": [
         r"84 | \binom{9}{3} | {9 \choose 3} | \binom93 | \tbinom{9}{3} | {}_9C_3 | ^9C_3 | 9 choose 3",
         r"84 | _9C_3 | {}_9C_3 | \binom{9}{6} ways",
+        r"2\binom{9}{3} | 168 | \binom{9}{3} + 84",
         r"\binom{9}{3} | \frac{9!}{3!6!} | 84",
     ],
     "plain text": [
@@ -198,6 +202,7 @@ SAME = {
         r"D | The correct option is D | Option (D) is correct. | (D) is correct | D is the correct answer",
         r"D | The correct choice is (D). | Thus, option D is correct. | D, | I choose D. | It is D. | Option: D",
         r"D | Correct option: (D) | We try each. So the correct option is **D**. | The right answer is D",
+        r"(D) 40 | The correct answer is option (D) 40 | Choice D. 40 | D",
     ],
     "units": [
         r"84 | 84 km/h | 84 miles per hour | 84 m/s^2 | 84 Rs. | 84 \text{ cm}^2 | 84 pears | $84 per day",
@@ -214,6 +219,7 @@ SAME = {
         r"1/3^4 | \frac{1}{81} | 1/81 | \frac{1}{3^4} | 3^{-4}",
         r"3.5² | 12.25 | 3.5^2 | 49/4 | 3.5^{2}",
         r"2,000^2 | 4000000 | 4e6",
+        r"168 | 2(84) | 2 \cdot (84) | 2 \cdot 84",
     ],
     "intervals": [
         r"(-\infty, 7) | x<7 | 7 > x | x \in (-\infty,7) | (-∞, 7) | y < 7",
@@ -244,7 +250,7 @@ def test_ways_to_write_the_same_are_equal_either_way_round(kind):
 
 def test_a_count_of_choices_by_a_letter_is_a_number_as_an_answer_alone():
     """In a reference C(9,3) may be a point, 9C3 a number of base 16, and C_9^3 a power."""
-    ways = ["C(9,3)", "C(9, 3)", "9C3", r"\mathrm{C}(9,3)", "C_9^3", "C_{9}^{3}", "C^3_9"]
+    ways = ["C(9,3)", "C(9, 3) ways", "9C3", r"\mathrm{C}(9,3)", "C_9^3", "C_{9}^{3}", "C^3_9"]
     assert in_this_process([(way, "84") for way in ways]) == [RIGHT] * len(ways)
     assert RIGHT not in in_this_process([("84", way) for way in ways])
     assert in_this_process([("P(9,3)", "504"), ("9P3", "504"), ("(9,3)", "(9,3)")]) == [RIGHT] * 3
@@ -316,6 +322,7 @@ NEAR_MISSES = {
         ("one or more", "1"),
         ("one-to-one", "1"),
         ("one third", "1"),
+        ("half a dozen", "1/2"),
         ("half past six", "0.5"),
         ("thirty-eight", "30"),
         ("eight thirty", "38"),
@@ -405,6 +412,9 @@ NEAR_MISSES = {
         ("Not D", "D"),
         ("The correct option is not D", "D"),
         ("Option (D) is not correct", "D"),
+        ("(D) is not correct", "D"),
+        ("(D) may be right", "D"),
+        ("D. wrong", "D"),
         ("Neither C nor D is correct", "D"),
         ("C and D is correct", "D"),
         ("I doubt D is correct", "D"),
@@ -454,6 +464,8 @@ NEAR_MISSES = {
         ("1e2^2", "100"),
         ("9.8^2", "9.8 m/s^2"),
         ("1/4!", "1/4"),
+        ("2(84)", "86"),  # a product
+        ("2(84)", "284"),
     ],
     "tiny": [
         ("0.0000004", "0.0000005"),
