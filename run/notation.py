@@ -126,8 +126,8 @@ DOLLARS = re.compile(
     r"(?<!\\)\${1,2}((?:[^$\\]|\\.)+)\${1,2}|\\[(\[]([^$\\]*(?:\\[^()\[\]][^$\\]*)*)\\[)\]]",
     re.DOTALL,
 )
-# "$1$ and $2$" are two answers.
-JOINED = re.compile(r"(?:,|and|or|\$|\\\))\s*\Z")
+# "$1$ and $2$", and "1, $2$", are two answers; "So, $2$" is one.
+JOINED = re.compile(r"(?:[\d)}\]$]\s*,|\b(?:and|or)\b|\$|\\\))\s*\Z")
 
 
 def boxed(text: str) -> str | None:
