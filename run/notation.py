@@ -117,6 +117,7 @@ CLAIM = re.compile(
     r"|(?i:(?:the )?(?:option|choice) )?(?P<letter>\(?[A-J]\)?) is (?i:(?:the )?(?:correct|right|best)"
     r"(?: answer| option| choice| one)?))"
 )
+CLAIMS = (" is ", "t's ", "I ")
 SENTENCES = re.compile(r"[.!?:]\s+")
 # What may stand before an answer: "= 18", "∴ 18".
 BEFORE = re.compile(
@@ -193,6 +194,8 @@ def announced(text: str) -> str | None:
     lowered = last_line.lower()
     match = any(word in lowered for word in ANNOUNCES) and ANSWER.search(last_line)
     if not match:
+        if not any(words in last_line for words in CLAIMS):
+            return None
         claim = CLAIM.fullmatch(SENTENCES.split(last_line)[-1])
         return claim and (claim["letter"] or claim["said"])
     rest = match[1]
@@ -202,9 +205,9 @@ def announced(text: str) -> str | None:
 
 def unadorned(text: str) -> str:
     """An answer without the sign before it and the commas behind: `= 18,` is `18`."""
-    opening = BEFORE.match(text)
-    if opening:
-        text = text[opening.end() :]
+    if not text[:1].isalnum():
+        opening = BEFORE.match(text)
+        text = text[opening.end() :] if opening else text
     closed = text.rstrip(" \n,;:")
     return text if closed.endswith("\\") else closed  # 10\, ends in a space
 
@@ -277,9 +280,12 @@ def plain(text: str) -> str:
     text = re.sub(r"\\([$%])", r"\1", text)
     text = FRACTION.sub(typed_fraction, text)
     text = re.sub(r"\s+", " ", text).strip(" \"'")
-    text = re.sub(r"(?<=[^.])\.$|(?<=[A-Za-z]{2})!$", "", text).strip()
+    stop = text[-1:] == "." and text[-2:-1] not in ("", ".")
+    if stop or (text[-1:] == "!" and len(text) > 2 and text[-3:-1].isalpha()):
+        text = text[:-1].strip()
     text = CLOCK.sub(lambda m: f"{m[1]} {m[2].lower()}m", text) if ":" in text else text
-    return EMPTY if NOTHING.fullmatch(text) else text
+    is_empty = not text[:1].isdigit() and NOTHING.fullmatch(text)
+    return EMPTY if is_empty else text
 
 
 def typed_fraction(match: re.Match) -> str:
@@ -345,7 +351,8 @@ def formula(text: str) -> str:
     text = INFINITY.sub(r"\\infty ", text)
     text = NAMED.sub(r"\\\1 ", text)
     text = BARE_ROOT.sub(r"\\sqrt{\1}", BARE_CUBE_ROOT.sub(r"\\sqrt[3]{\1}", text))
-    text = CHOOSE.sub(worth, text)
+    if "binom" in text:
+        text = CHOOSE.sub(worth, text)
     return called(text).strip()
 
 

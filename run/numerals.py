@@ -27,6 +27,7 @@ PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
 PARTS |= {name: i for i, name in enumerate(ORDINALS, start=3)}
 PARTS |= {f"{name}s": i for i, name in enumerate(ORDINALS, start=3)}
 VALUES = {"a": 1, "an": 1} | ONES | TEENS | TENS
+FIRST = VALUES.keys() | {"minus", "negative", "half"}
 
 LONGEST = 100
 
@@ -56,7 +57,9 @@ ANY = re.compile(
 
 def in_digits(text: str) -> str | None:
     """`3 1/2 cups` of `three and a half cups`; None if a text does not begin with a numeral."""
-    match = NUMERAL.match(text) if len(text) <= LONGEST and text[:1].isalpha() else None
+    if len(text) > LONGEST or re.split("[ -]", text, maxsplit=1)[0].lower() not in FIRST:
+        return None
+    match = NUMERAL.match(text)
     if not match or not match[0]:
         return None
     rest = text[match.end() :]
