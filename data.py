@@ -20,6 +20,7 @@ import decimal
 import functools
 import json
 import math
+import numbers
 import os
 import random
 import re
@@ -130,10 +131,16 @@ def as_written(table):
     import pyarrow
     from pyarrow import compute
 
+    def with_floats_as(kind, type):
+        if pyarrow.types.is_list(type):
+            return pyarrow.list_(with_floats_as(kind, type.value_type))
+        return kind if type == pyarrow.float32() else type
+
     for place, field in enumerate(table.schema):
-        if field.type == pyarrow.float32():
-            digits = compute.cast(table.column(place), pyarrow.string())  # as few as tell it apart
-            column = compute.cast(digits, pyarrow.float64())
+        as_text = with_floats_as(pyarrow.string(), field.type)
+        if as_text != field.type:
+            digits = compute.cast(table.column(place), as_text)  # as few as tell it apart
+            column = compute.cast(digits, with_floats_as(pyarrow.float64(), field.type))
             table = table.set_column(place, field.name, column)
     return table
 
@@ -193,9 +200,13 @@ def _columns(rows):
 
 def _normalise(numbered, system):
     """The rows of one dataset with their `prompt` and `solution`."""
-    numbered = {number: _without_nan(row) for number, row in numbered.items()}
+    numbered = {number: without_nan({**row}) for number, row in numbered.items()}
     rows = numbered.values()
     columns = _columns(rows)
+    for name, ours in RENAMED.items():
+        if name in columns and ours in columns:
+            problem = "rewards get the first by the name of the second; rename either"
+            raise ValueError(f"columns {name} and {ours}: {problem}")
     # A column with nothing in it gives way to the next, as an optional `messages` does.
     filled = [c for c in QUESTIONS if any(row.get(c) for row in rows)]
     if not filled:
@@ -223,6 +234,8 @@ def _conversation(value, column):
     """The turns up to the user's last one, and what the assistant says at the end, if anything."""
     if value is None:
         raise ValueError(f"no {column}, which other rows have; one layout a dataset works")
+    if isinstance(value, bytes):
+        raise ValueError(f"{column} is bytes; text, or a list of turns, works")
     if isinstance(value, str) and column != "messages":
         value = [{"role": "user", "content": value}]
     try:
@@ -242,9 +255,14 @@ def _conversation(value, column):
     return prompt, last["content"] if last["role"] == "assistant" else None
 
 
-def _without_nan(row):
-    """NaN is how tables of numbers write that there is nothing."""
-    return {name: None if value != value else value for name, value in row.items()}
+def without_nan(value):
+    """A row with None for NaN, which is how tables of numbers write that there is nothing."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(without_nan, value))
+    is_number = isinstance(value, numbers.Number)
+    return None if is_number and value != value else value
 
 
 def _reference(row):
@@ -252,8 +270,8 @@ def _reference(row):
         value = row.get(column)
         if value is None or not str(value).strip():
             continue
-        # Lists are for rewards of one's own; accuracy cannot read them.
-        as_it_is = column == "solution" or isinstance(value, list | dict)
+        # Lists and bytes are for rewards of one's own; accuracy cannot read them.
+        as_it_is = column == "solution" or isinstance(value, list | dict | bytes)
         return value if as_it_is else text_of(value)
     return None
 

@@ -12,31 +12,39 @@ r"""Answers: what counts as equal. math_verify compares formulas; what it misrea
 | `2 1/2`, `2\frac12`, `2½`, `5/2`, `2.5`          | `2 5/2`, which is no mixed number            |
 | `1e3`, `10^3`, `1 \times 10^3`, `1 thousand`     | `1 thousand` and `1`                         |
 | `0.333333` and `1/3`: six decimals               | `0.33` and `1/3`; `1.0000001` and `1`        |
+| `0.\overline{3}`, `0.333...`, `0.(3)`, `1/3`     | `0.\overline{3}` and `0.3`                   |
+| `twenty-four apples`, `24`; `one half`, `1/2`    | `six or seven`, `six sevenths` and `6`       |
+| `\binom{5}{2}`, `5 choose 2`, `10`; an answer `C(5,2)` | `10`, if the point `C(5,2)` is asked    |
 | below 1/10,000: six digits                       | `1/2^{98}` and `1/2^{99}`                    |
 | `50\%`, `0.5`; `50\%`, `50`: the sign is optional | `50\%`, `5`                                  |
 | `sqrt(2)`, `√2`, `\sqrt2`; `exp(x)`, `e^x`       | `sqrt(2)` and `1.414`                        |
 | `Even`, `\text{even}`, `an even`                 | `odd`                                        |
 | `B`, `(B)`, `B. 25 m`, `\textbf{(B)}\ 25`        | `A or B`; `B. 25 m` and `B. 30 m`            |
+| `The correct option is B`, `Option (B) is correct` | `Neither A nor B is correct`                |
 | `x<3`, `3>x`, `(-\infty,3)`, `x \in (-\infty,3)` | `x \le 3`; `y<3` and `x<3`                   |
 | `[1,2)\cup(3,4]` in either order                 | `(1,2)`, `[1,2]`, `\{1,2\}` and one another  |
 | `1, 2`, `2, 1`, `\{1,2\}`; `1, 2` and `(1,2)`    | `(1,2)` and `(2,1)`; `1, 2` and `2`          |
 | `2516_8`, `2516_{8}`; `2516` if `2516_8` is asked | `2516_9`; `1358`, if `2516_8` is asked       |
-| `x=5`, `5`; `y=2x`, `2x`                         | `x=5` and `y=5`; `5t` and `5`                |
+| `\emptyset`, `{}`, `no solution`                 | `0`, `\{0\}`, `no integer solution`          |
+| `= 5`, `5,`, `x=5`, `5=x`, `5`; `y=2x`, `2x`     | `x=5` and `y=5`; `5t` and `5`                |
 | `5 h 30 min`, `5.5 hours`: in two units, converted | `30` and `5 hours 30 minutes`                |
 | `3.5^2`, `12.25`                                 | `3.5` and `3.5^2`                            |
 | `about 18`, `18`                                 | `not 18`, `at least 18`, `16 to 18` and `18` |
 
-How an answer may be spelt is in run/notation.py. rewards.verify is the plain version of this.
+How an answer may be spelt is in run/notation.py, and a number in words in run/numerals.py.
+rewards.verify is the plain version of this.
 """
 
 import functools
 import re
 from contextlib import suppress
+from math import comb, perm
 
 from rewards import RIGHT, UNREADABLE, WRONG
 from run.hedges import is_hedged
 from run.intervals import pieces
 from run.notation import (
+    EMPTY,
     LONGEST,
     NAMES,
     WORD,
@@ -47,15 +55,18 @@ from run.notation import (
     is_bare_formula,
     is_prose,
     plain,
+    unadorned,
 )
+from run.numerals import in_digits
 from run.quantities import decimal, decimals, number, same_number
-from run.units import CURRENCY, amount, compound
+from run.units import CURRENCY, amount, compound, measured, same_unit
 
 # Letters, bases, words -------------------------------------------------------------------------
 
-LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice |[Aa]nswer )?(?:\(([A-J])\)|([A-J]))[.:)]?")
+LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? )?(?:\(([A-J])\)|([A-J]))[.:)]?")
 LETTER_AND_TEXT = re.compile(
-    r"(?:\(([A-J])\)[.:]?|([A-J])(?:[.:]|\)[.:]?)) ?(?=[A-Za-z0-9$-]|\\(?:frac|sqrt|pi|infty))(.+)"
+    r"(?:(?:[Oo]ption|[Cc]hoice):? )?(?:\(([A-J])\)[.:]?|([A-J])(?:[.:]|\)[.:]?)) ?(?=[A-Za-z0-9$-]|\\(?:frac|sqrt|pi|infty))"
+    r"(?!(?:is|isn't|was|can|cannot|may|might|would|could|seems|not?|wrong|incorrect|false|if|only|unless)\b)(.+)"
 )
 ANOTHER_LETTER = re.compile(
     r"\([A-J]\)|(?:\b(?:and|or)\b|[,/&]) ?\(?[A-J]\b|\b[A-J][.:)]|^\(?[A-J]\)?$"
@@ -64,6 +75,13 @@ BASED = re.compile(
     r"\(?([0-9A-Z]+(?:\.[0-9A-Z]+)?)\)? ?(?:_ ?\{? ?([0-9]{1,2}) ?\}?|base ([0-9]{1,2}))"
 )
 LEFT_SIDE = re.compile(r"([A-Za-z](?:_\{?\w\}?)?) ?= ?([^=<>]+)")
+RIGHT_SIDE = re.compile(r"([^=<>]+?) ?= ?([A-Za-z](?:_\{?\w\}?)?)")
+# How many choices there are. In a reference C(5,2) may be a point, and C_5^2 a square.
+CHOICES = re.compile(
+    r"([CP]) ?\( ?([0-9]{1,3}) ?, ?([0-9]{1,3}) ?\)|([0-9]{1,3}) ?([CP]) ?([0-9]{1,3})"
+    r"|(?:n?([CP])[_]\{?([0-9]{1,3})\}? ?\^ ?\{?([0-9]{1,3})\}?)"
+    r"|([CP])\^ ?\{?([0-9]{1,3})\}? ?_\{?([0-9]{1,3})\}?"
+)
 # Guesses, not an answer: numbers in a row as in `17 18`, `17=18` and `1 2 … 18`.
 SEVERAL = re.compile(
     r"[+-]?\$?[0-9][0-9,.]*(?<!,)"
@@ -71,7 +89,7 @@ SEVERAL = re.compile(
 )
 PARTS = (
     r" (?:squared|cubed|factorial|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|"
-    r"tenths|hundredths|thousandths)"
+    r"tenths|\w*(?:ieth|leventh|welfth|teenth|hundredth|thousandth|millionth|billionth)s?)"
 )
 # math_verify would read the 5 of `5t`, and of `$5t`.
 ALTERED = re.compile(
@@ -139,6 +157,8 @@ def read_verdict(answer: str, reference: str) -> str | None:
         return UNREADABLE
     if answer == reference:
         return RIGHT
+    if EMPTY in (answer, reference) and (number(answer) or number(reference)):
+        return WRONG
     if max(len(answer), len(reference)) > LONGEST:
         return WRONG if SEVERAL.fullmatch(answer) else None
     said = letter_verdict(answer, reference)
@@ -156,7 +176,7 @@ def hedges(answer: str) -> bool:
 
 def is_amount(text: str) -> bool:
     """Whether it is but a number with its unit, as `5 km per hour`, though that reads like prose."""
-    return len(text) <= LONGEST_AMOUNT and bool(number(text) or compound(text))
+    return len(text) <= LONGEST_AMOUNT and bool(number(text) or compound(text) or in_digits(text))
 
 
 def letter_verdict(answer, reference):
@@ -188,12 +208,16 @@ def base_verdict(answer, reference):
 def number_verdict(answer, reference):
     names, sides = [], []
     for text in (answer, reference):
-        match = LEFT_SIDE.fullmatch(text)
-        names.append(match and match[1])
-        sides.append(match[2] if match else text)
+        name, side = named(text)
+        names.append(name)
+        sides.append(side)
     if None not in names and names[0] != names[1]:
         return None
     a, b = map(number, sides)
+    if b and not a:
+        a = number(counted(sides[0]) or in_digits(sides[0]) or "")
+    elif a and not b:
+        b = number(in_digits(sides[1]) or "")
     if a and b:
         return mark(same_number(a, b))
     if said := amount_verdict(*sides, a, b):
@@ -203,6 +227,31 @@ def number_verdict(answer, reference):
     if b and ALTERED.fullmatch(answer):
         return WRONG
     return WRONG if a and ALTERED.fullmatch(reference) else None
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """The name and the other side of `x = 5` and `5 = x`; no name where there is none."""
+    if "=" not in text:
+        return None, text
+    if match := LEFT_SIDE.fullmatch(text):
+        return match[1], match[2]
+    match = RIGHT_SIDE.fullmatch(text)
+    if match and number(match[1]):
+        return match[2], match[1]
+    return None, text
+
+
+def counted(text: str) -> str | None:
+    """`C(5,2)` and `5P2` in digits."""
+    match = CHOICES.match(text)
+    if not match:
+        return None
+    rest = text[match.end() :]  # C(5,2) ways
+    found = list(filter(None, match.groups()))
+    kind = next(part for part in found if part in "CP")
+    found.remove(kind)
+    n, k = map(int, reversed(found) if text[1] == "^" else found)
+    return f"{(comb if kind == 'C' else perm)(n, k)}{rest}"
 
 
 def amount_verdict(answer, reference, a, b):
@@ -231,21 +280,21 @@ def mark(right: bool) -> str:
 @functools.lru_cache(maxsize=512)  # the completions of a group share their reference
 def stated(text: str) -> tuple[str, bool]:
     """The part of a cleaned text that states its answer, and whether that is mathematics for sure."""
-    text = text.strip()
+    text = unadorned(text.strip())
     content = boxed(text)
     if content is None:
         said = announced(text)
         if said is not None and is_one_answer(said):
-            return said, False
+            return unadorned(said), False
         content = dollared(text)
     if content is None:
         return text.removesuffix("."), False
-    return content, True
+    return unadorned(content), True
 
 
 def is_one_answer(text: str) -> bool:
     shown = plain(text)
-    readers = (number, choice, based)
+    readers = (number, choice, based, in_digits)
     if any(read(shown) for read in readers) or re.fullmatch("[A-Za-z]{2,20}", shown):
         return True
     return bool(re.search(r"\w", text)) and is_bare_formula(formula(text))
@@ -261,6 +310,8 @@ def verdict(answer: str, reference: str) -> str:
     """The verdict where none is quick, without a time limit: math_verify may never return."""
     said = None
     if decimal(reference) is None:
+        if not same_unit(*(measured(typed(text))[1] for text in (answer, reference))):
+            return WRONG
         said = parts_verdict(stated(answer)[0], stated(reference)[0])
     return said or formula_verdict(answer, reference)
 
@@ -354,6 +405,11 @@ def parse_answer(text: str) -> list:
 def for_math_verify(text: str) -> str:
     r"""A formula in dollars. Of a bare 2\sqrt{3} it would find the 2 alone, and of (3, 4) the 4."""
     content, is_formula = stated(text)
+    if typed(text) == EMPTY:
+        return f"${EMPTY}$"
+    alone = measured(content)[0] if len(content) <= LONGEST else content
+    if alone != content and not number(typed(text)):
+        content = alone
     if is_formula:
         return f"\\boxed{{{formula(content)}}}"
     if decimal(content) is None and not is_prose(content):

@@ -130,7 +130,7 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
     needed = 0
     for rows, flag in ((train_rows, "--dataset"), (val_rows, "--val_dataset")):
         if rows:
-            check_columns(rows, flag, rewards, world)
+            check_columns(rows, flag, args, rewards, world)
             needed = max(needed, encode(args, world, rows, flag, tokenizer, config))
             if rewards.reward_model:
                 prompts = [row["prompt"] for row in rows]
@@ -162,9 +162,10 @@ def read_rows(args: argparse.Namespace, world) -> tuple[list[dict], list[dict]]:
     return train_rows, data.load_rows(args.val_dataset, flag="--val_dataset", **settings)
 
 
-def check_columns(rows: list[dict], flag: str, rewards: CheckedRewards, world) -> None:
+def check_columns(rows: list[dict], flag: str, args, rewards: CheckedRewards, world) -> None:
     """Whether the rows have what the rewards ask for."""
-    rewards.check_columns([column for column in rows[0] if column != "prompt"])
+    given = " ".join([flag, *getattr(args, flag.removeprefix("--"))])
+    rewards.check_columns([column for column in rows[0] if column != "prompt"], given)
     if {"accuracy", "cosine"} & set(rewards.names):
         missing = check_solutions(rows)
         if missing:
@@ -177,9 +178,9 @@ def check_solutions(rows: list[dict]) -> int:
     flag = "--reward_funcs accuracy"
     references = [row["solution"] for row in rows]
     for reference in references:
-        if isinstance(reference, list | dict):
-            kind = type(reference).__name__
-            raise UsageError(f"{flag}: a row's reference is a {kind}; text or a number works")
+        if isinstance(reference, list | dict | bytes):
+            kind = "of bytes" if isinstance(reference, bytes) else f"a {type(reference).__name__}"
+            raise UsageError(f"{flag}: a row's reference is {kind}; text or a number works")
     missing = references.count(None)
     if missing == len(rows):
         raise UsageError(f"{flag}: no row has a reference; a column solution or answer works")

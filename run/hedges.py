@@ -11,6 +11,7 @@ from run.units import UNITS
 LONGEST = 80
 AROUND = re.compile(r"[A-Za-z0-9\s.,:;?!$€£¥%→()'-]*\+?")  # what such an answer is made of
 OPEN_END = re.compile(r"[0-9](?:\+|th|st|nd|rd)\.?$")  # 18+ and 18th
+PRODUCT = re.compile(r"[0-9)]\(")  # 2(3)
 FIGURE = re.compile(r"[0-9][0-9.,]*(?<![.,])")
 
 
@@ -31,6 +32,6 @@ def is_hedged(text: str) -> bool:
     if not said <= HEDGES | FILLERS | UNITS.keys():
         return False
     figures = set(FIGURE.findall(text))
-    if not figures:
+    if not figures or PRODUCT.search(text):
         return False
     return bool(HEDGES & said or len(figures) > 1 or OPEN_END.search(text))

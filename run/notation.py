@@ -13,6 +13,7 @@ To let another spelling count, add it to a table below.
 """
 
 import re
+from math import comb
 
 LONGEST = 500  # characters of an answer that is looked into
 
@@ -25,7 +26,8 @@ LETTERS += ["sigma", "tau", "phi", "omega", "infty"]
 NAMES = {*FUNCTIONS, *LETTERS, "infinity", "inf", "oo", "sqrt", "cbrt", "exp", "abs"}
 
 WIDE = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # ！ to ～, as Chinese texts have them
-SPACES = dict.fromkeys("\u00a0\u2002\u2003\u2007\u2008\u2009\u200a\u202f\u3000", " ")
+SPACES = dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a", " ")
+SPACES |= dict.fromkeys("\u202f\u205f\u3000", " ")
 INVISIBLE = dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 SIGNS = {
     **dict(zip("−‐‑﹣“”„‘’′。、，；：", "----\"\"\"'''.,,;:")),
@@ -62,6 +64,11 @@ VULGAR = {sign: rf"\frac{{{digits[0]}}}{{{digits[1:]}}}" for sign, digits in VUL
 ALPHABET = str.maketrans(WIDE | SPACES | INVISIBLE | SIGNS | GREEK | VULGAR)
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾", "0123456789+-ni()")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ₍₎", "0123456789+-n()")
+RAISED_FRACTION = re.compile("([⁰¹²³⁴-⁹]{1,9})[⁄/]([₀-₉]{1,9})")
+# 0.1666… goes on with its 6, and 0.4545… with its 45.
+GOES_ON = re.compile(
+    r"(?<=\.)(\d{0,20}?)(?:(\d)\2{2,30}|(\d{2,10}?)\3{1,20})(?:\.{3,}|…| ?\\l?dots(?![A-Za-z]))(?!\d)"
+)
 # An en dash is a minus before a number that nothing stands before; in 5–7 it means "to".
 DASH = re.compile(r"(?:(?<=[\s(\[{=<>,;:$])–|^[–—])(?=\s*[\w.\\($])")
 # A word of another script needs no space around it: 答案是5个.
@@ -76,7 +83,10 @@ MARKED = re.compile(
 
 def cleaned(text: str) -> str:
     """One alphabet, and no emphasis: `**７**` is 7, x² is x^{2}, a typographic minus a minus."""
+    if "..." in text or "…" in text or "dots" in text:
+        text = GOES_ON.sub(lambda m: rf"{m[1]}\overline{{{m[2] or m[3]}}}", text)
     if not text.isascii():
+        text = RAISED_FRACTION.sub(raised_fraction, text)
         text = re.sub(r"[⁰¹²³⁴-⁹⁺⁻ⁿⁱ⁽⁾]+", lambda m: f"^{{{m[0].translate(RAISED)}}}", text)
         text = re.sub(r"[₀-₉₊₋ₙ₍₎]+", lambda m: f"_{{{m[0].translate(LOWERED)}}}", text)
         text = text.translate(ALPHABET)
@@ -85,19 +95,40 @@ def cleaned(text: str) -> str:
     return MARKED.sub(r"\2", text).strip()
 
 
+def raised_fraction(match: re.Match) -> str:
+    above, below = match[1].translate(RAISED), match[2].translate(LOWERED)
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
 # What states the answer ------------------------------------------------------------------------
 
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is skipped
 # A last line's "the answer is …" and "答案是 …".
 ANSWER = re.compile(
-    r"(?:(?<![\w</])answer(?:\s+is)?|答案(?:\s*[是为])?)\s*:?\s*(\S[^\n]{0,150})\Z", re.I
+    r"(?:(?<![\w</])(?:answer|(?:correct|right|best) (?:option|choice|statement))(?:\s+is)?|答案(?:\s*[是为])?)"
+    r"\s*[:=]?\s*(\S[^\n]{0,150})\Z",
+    re.I,
+)
+ANNOUNCES = ("answer", "option", "choice", "statement", "答案")
+# A last sentence "So it is …", and "Option (B) is correct".
+CLAIM = re.compile(
+    r"(?:(?i:so|thus|hence|therefore),? )?(?:"
+    r"(?i:it is|it's|I (?:choose|pick|select)) (?P<said>\S.{0,60})"
+    r"|(?i:(?:the )?(?:option|choice) )?(?P<letter>\(?[A-J]\)?) is (?i:(?:the )?(?:correct|right|best)"
+    r"(?: answer| option| choice| one)?))"
+)
+CLAIMS = (" is ", "t's ", "I ")
+SENTENCES = re.compile(r"[.!?:]\s+")
+# What may stand before an answer: "= 18", "∴ 18".
+BEFORE = re.compile(
+    r"(?:=+(?!\s*[<>=])|[:∴⇒→]|\\(?:approx|therefore|implies|[Rr]ightarrow|to|q?quad)(?![A-Za-z])|\s)+"
 )
 DOLLARS = re.compile(
     r"(?<!\\)\${1,2}((?:[^$\\]|\\.)+)\${1,2}|\\[(\[]([^$\\]*(?:\\[^()\[\]][^$\\]*)*)\\[)\]]",
     re.DOTALL,
 )
-# "$1$ and $2$" are two answers.
-JOINED = re.compile(r"(?:,|and|or|\$|\\\))\s*\Z")
+# "$1$ and $2$", and "1, $2$", are two answers; "So, $2$" is one.
+JOINED = re.compile(r"(?:[\d)}\]$]\s*,|\b(?:and|or)\b|\$|\\\))\s*\Z")
 
 
 def boxed(text: str) -> str | None:
@@ -160,12 +191,25 @@ def dollared(text: str) -> str | None:
 def announced(text: str) -> str | None:
     """The rest of the line behind the last "the answer is"."""
     last_line = text[-300:].rpartition("\n")[2].rstrip(" .")
-    match = ANSWER.search(last_line)
+    lowered = last_line.lower()
+    match = any(word in lowered for word in ANNOUNCES) and ANSWER.search(last_line)
     if not match:
-        return None
+        if not any(words in last_line for words in CLAIMS):
+            return None
+        claim = CLAIM.fullmatch(SENTENCES.split(last_line)[-1])
+        return claim and (claim["letter"] or claim["said"])
     rest = match[1]
     formula = DOLLARS.fullmatch(rest)
     return announced(rest) or (formula and formula[formula.lastindex] or rest).strip()
+
+
+def unadorned(text: str) -> str:
+    """An answer without the sign before it and the commas behind: `= 18,` is `18`."""
+    if not text[:1].isalnum():
+        opening = BEFORE.match(text)
+        text = text[opening.end() :] if opening else text
+    closed = text.rstrip(" \n,;:")
+    return text if closed.endswith("\\") else closed  # 10\, ends in a space
 
 
 # As one would type it --------------------------------------------------------------------------
@@ -176,16 +220,52 @@ STYLED = re.compile(
 )
 SPACING = re.compile(r"\\(?:[,;: ]|q?quad(?![A-Za-z]))|~")
 FRACTION = re.compile(r"\\frac\s*(?:\{\s*([^{}]*?)\s*\}|(\d))\s*(?:\{\s*([^{}]*?)\s*\}|(\d))")
-DIGITS_APART = re.compile(r"(?<=\d)(?:\\,|\\ |\\!|\{,\}|,\\!|~)(?=\d{3}(?!\d))")
+DIGITS_APART = re.compile(
+    r"(?<=\d)(?:\\[,:; !]|\\thinspace\s*|\{,\}|\{\\,\}|,\\!|~|')(?=\d{3}(?!\d))"
+)
+# 0.1\overline{6}, 0.\dot{4}\dot{5}, and 0.(3); 0.1(6) would be a product, too.
+OVERLINED = re.compile(
+    r"(?<![\d.,])(\d{0,15})\.(?:(\d{0,20})\\(?:overline|bar|dot)\s*(?:\{(\d{1,20})\}|(\d))"
+    r"(?:\\dot\s*\{?(\d)\}?)?|\((\d{1,20})\))(?![\d.(^!]|\\[A-Za-z])"
+)
+CHOOSE = re.compile(
+    r"\\[dt]?binom\s*(?:(\d)\s*(\d)(?!\d)|\{\s*(\d{1,3})\s*\}\s*\{\s*(\d{1,3})\s*\})"
+    r"|\{\s*(\d{1,3})\s*\\choose\s*(\d{1,3})\s*\}|(?<![\w.])(\d{1,3})\s+choose\s+(\d{1,3})(?!\w)"
+    r"|(?:\{\s*\}\s*)?(?<!\w)[_^]\s*\{?(\d{1,3})\}?\s*\\?C\s*_\s*(?:\{(\d{1,3})\}|(\d))"
+)
+NOTHING = re.compile(
+    r"(?i:(?:there (?:is|are|exists?) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set)"
+    r"|(?:[A-Za-z] ?(?:\\in|=) ?)?(?:\\emptyset|\{ ?\}|Ø)"
+)
+CLOCK = re.compile(r"([0-9]:[0-9]{2}) ?([AaPp])\.? ?[Mm](?![A-Za-z])\.?")
+EMPTY = r"\emptyset"
 
 
 def tidied(text: str) -> str:
     r"""LaTeX without what it has for looks alone: `\left( \dfrac12 \right)` is `( \frac12 )`."""
     text = DIGITS_APART.sub(",", text)
     text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])\s*|\\!", "", text)
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac", text)
+    if "." in text:
+        text = OVERLINED.sub(repeated, text)
+    if "C" in text or "choose" in text or "binom" in text:
+        text = CHOOSE.sub(chosen, text)
     text = re.sub(r"\\varnothing|\\empty(?![a-z])|\\\{\s*\\\}", r"\\emptyset", text)
     return text.strip()
+
+
+def chosen(match: re.Match) -> str:
+    n, k = filter(None, match.groups())
+    return rf"\binom{{{n}}}{{{k}}}"
+
+
+def repeated(match: re.Match) -> str:
+    """A decimal that repeats, as a fraction."""
+    whole, before, several, one, last, bracketed = match.groups("")
+    again = several + one + last + bracketed
+    above = int(whole + before + again) - int(whole + before or "0")
+    below = 10 ** len(before) * (10 ** len(again) - 1)
+    return rf"\frac{{{above}}}{{{below}}}"
 
 
 def plain(text: str) -> str:
@@ -200,8 +280,12 @@ def plain(text: str) -> str:
     text = re.sub(r"\\([$%])", r"\1", text)
     text = FRACTION.sub(typed_fraction, text)
     text = re.sub(r"\s+", " ", text).strip(" \"'")
-    text = re.sub(r"(?i)^(?:the )?(?:empty|null) set$", r"\\emptyset", text)
-    return re.sub(r"(?<=[^.])\.$", "", text).strip()
+    stop = text[-1:] == "." and text[-2:-1] not in ("", ".")
+    if stop or (text[-1:] == "!" and len(text) > 2 and text[-3:-1].isalpha()):
+        text = text[:-1].strip()
+    text = CLOCK.sub(lambda m: f"{m[1]} {m[2].lower()}m", text) if ":" in text else text
+    is_empty = not text[:1].isdigit() and NOTHING.fullmatch(text)
+    return EMPTY if is_empty else text
 
 
 def typed_fraction(match: re.Match) -> str:
@@ -214,7 +298,7 @@ def typed_fraction(match: re.Match) -> str:
 # As LaTeX --------------------------------------------------------------------------------------
 
 NAMED = re.compile(rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS + LETTERS)})(?![a-z])")
-INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])")
+INFINITY = re.compile(r"(?<![\\A-Za-z])(?:[Ii]nfinity|inf|oo)(?![A-Za-z])")
 # name( opens braces that its own ) closes
 OPENINGS = {
     "sqrt": (r"\sqrt{", "}"),
@@ -246,7 +330,13 @@ TYPED = [
     ),
     (re.compile(r"\^\s*(-\d+|-?\d+\.\d+)"), r"^{\1}"),
     (re.compile(r"\\\$\s*"), ""),
+    # math_verify takes 2(3) for 2 + 3
+    (re.compile(r"(?<![\w\\.^{}])(\d+(?:\.\d+)?)\s*\((?=\d+(?:\.\d+)?\))"), r"\1 \\cdot ("),
 ]
+
+
+# As math_verify reads it, 3 1/2 is a product.
+MIXED = re.compile(r"(?<![\w.,/^}\\] )(?<![\w.,/^}\\])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\w./^!])")
 
 
 def formula(text: str) -> str:
@@ -254,12 +344,32 @@ def formula(text: str) -> str:
     if len(text) > LONGEST:
         return text
     text = tidied(text)
+    if "/" in text:
+        text = MIXED.sub(improper, text)
     for pattern, typed in TYPED:
         text = pattern.sub(typed, text)
     text = INFINITY.sub(r"\\infty ", text)
     text = NAMED.sub(r"\\\1 ", text)
     text = BARE_ROOT.sub(r"\\sqrt{\1}", BARE_CUBE_ROOT.sub(r"\\sqrt[3]{\1}", text))
+    if "binom" in text:
+        text = CHOOSE.sub(worth, text)
     return called(text).strip()
+
+
+def improper(match: re.Match) -> str:
+    whole, above, below = map(int, match.groups())
+    return rf"\frac{{{whole * below + above}}}{{{below}}}" if 0 < above < below else match[0]
+
+
+def worth(match: re.Match) -> str:
+    n, k = filter(None, match.groups())
+    return (
+        rf"\cdot ({comb(int(n), int(k))})" if factor_before(match) else f"({comb(int(n), int(k))})"
+    )
+
+
+def factor_before(match: re.Match) -> bool:
+    return bool(re.search(r"[\w)}] ?$", match.string[max(0, match.start() - 2) : match.start()]))
 
 
 def called(text: str) -> str:

@@ -32,9 +32,10 @@ from run import scorer
 from run.judge import RESTARTS
 
 HERE = Path(__file__).parent
-# Columns of ours. A dataset's own may not have these names, nor prompt_ids.
+# Columns of ours. A dataset's own may not have these names, nor those of `TAKEN`.
 OURS = {"completions", "prompts", "completion_ids", "step", "is_truncated"}
 SWIFTS = {"response_token_ids", "trainer_state"}  # what else ms-swift hands over
+TAKEN = OURS | SWIFTS | {"prompt_ids", "self"}
 
 
 # Loading ---------------------------------------------------------------------------------------
@@ -165,13 +166,22 @@ class CheckedRewards(Rewards):
                     lines.append(f"cosine: a wrong answer earns less with length, {curve}")
         return lines
 
-    def check_columns(self, columns) -> None:
-        """UsageError if a reward needs a column that the dataset lacks, or if one is called as ours."""
-        clash = (OURS | SWIFTS | {"prompt_ids"}).intersection(columns)
+    def check_columns(self, columns, given: str = "--dataset") -> None:
+        """UsageError if a reward needs a column that the dataset lacks, or if one is called as ours.
+
+        given: the flag that names the dataset, and its value.
+        """
+        clash = TAKEN.intersection(columns)
         if clash:
-            problem = f"rename its column {min(clash)}; we keep our own under this name"
-            raise UsageError(f"--dataset: {problem}")
+            problem = (
+                f"rename its column {min(clash)}; rewards are handed something else by this name"
+            )
+            raise UsageError(f"{given}: {problem}")
         for reward, function in zip(self.names, self.functions):
+            name = name_of_completions(function)
+            if name in columns:
+                problem = f"the reward {reward} takes its completions by this name"
+                raise UsageError(f"{given}: rename its column {name}; {problem}")
             for name in needed(function):
                 if name not in {*OURS, *SWIFTS, "messages", *columns}:
                     there = ", ".join(sorted(columns))
@@ -285,6 +295,15 @@ def parameters(function):
         return inspect.signature(function).parameters
     except ValueError:
         return {}
+
+
+def name_of_completions(function) -> str | None:
+    """What a function calls the completions, if not that; None where no column can be meant by it."""
+    wanted = parameters(function)
+    first = next(iter(wanted.values()), None)
+    if first is None or "completions" in wanted or first.kind is not first.POSITIONAL_OR_KEYWORD:
+        return None
+    return first.name
 
 
 def needed(function) -> list[str]:

@@ -9,14 +9,14 @@ characters is no number, and neither is one with an exponent of more than three 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from math import factorial
+from math import comb, factorial
 
 from run.units import CURRENCIES, CURRENCY, Unit, same_unit, unit_of
 
 DECIMAL = r"(?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
 # An optional sign and currency, digits with or without thousands separators, a fraction.
 PLAIN_NUMBER = re.compile(rf"([+-]?)(?:\\?\$)?({DECIMAL})")
-SIGN = re.compile(rf"([+-]?) ?({CURRENCY})? ?([+-]?) ?(?=[0-9.])")
+SIGN = re.compile(rf"([+-]?) ?({CURRENCY})? ?([+-]?) ?(?=[0-9.]|\\binom)")
 POWER = r" ?\^ ?[{(]? ?([+-]?[0-9]{1,3}) ?[})]?"
 MIXED = re.compile(r"([0-9]{1,9}) (?:and )?([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![0-9.])")
 RATIO = re.compile(rf"({DECIMAL}) ?/ ?({DECIMAL})(?![0-9.]| ?[\^!])")
@@ -25,12 +25,15 @@ SCIENTIFIC = re.compile(
 )
 POWERS = re.compile(rf"(?=[0-9.])({DECIMAL}){POWER}")
 FACTORIAL = re.compile(r"([0-9]{1,3})!(?!!)")
+BINOMIAL = re.compile(r"\\binom\{([0-9]{1,3})\}\{([0-9]{1,3})\}(?! ?[\^!])")
 PERCENT = re.compile(r" ?(?:%|per ?cent\b|percentage\b|pct\b)")
-SCALE = re.compile(r" ?(hundred|thousand|million|billion|trillion)\b")
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SCALE = re.compile(r" ?(dozen|hundred|thousand|million|billion|trillion)\b")
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6}
+SCALES |= {"billion": 10**9, "trillion": 10**12}
 # $2M; without the currency, 2M may be a product.
 MONEY_SCALE = re.compile(r" ?(k|K|m|M|mn|b|B|bn)(?![A-Za-z])")
-SCALES |= {"k": 3, "K": 3, "m": 6, "M": 6, "mn": 6, "b": 9, "B": 9, "bn": 9}
+SCALES |= dict.fromkeys(("k", "K"), 10**3) | dict.fromkeys(("m", "M", "mn"), 10**6)
+SCALES |= dict.fromkeys(("b", "B", "bn"), 10**9)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def number(text: str) -> Number | None:
     currency = CURRENCIES.get(sign[2])
     scale = SCALE.match(rest) or (currency and MONEY_SCALE.match(rest))
     if scale:
-        value, rest = value * 10 ** SCALES[scale[1]], rest[scale.end() :]
+        value, rest = value * SCALES[scale[1]], rest[scale.end() :]
     percent = PERCENT.match(rest)
     if percent:
         rest = rest[percent.end() :]
@@ -92,6 +95,8 @@ def unsigned(text: str) -> tuple[Fraction, int] | None:
         return (base**exponent, match.end()) if base else None
     if match := FACTORIAL.match(text):
         return Fraction(factorial(int(match[1]))), match.end()
+    if match := BINOMIAL.match(text):
+        return Fraction(comb(int(match[1]), int(match[2]))), match.end()
     match = re.match(DECIMAL, text)
     return (fraction(match[0]), match.end()) if match[0] else None
 

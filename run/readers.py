@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data import BUILTINS, UsageError, either, one_line, read_parquet
 
+MISSING = object()  # a field of a row that ends too early
 JSON_WORKS = "an object a line, or one list of them, works"
 
 
@@ -66,7 +67,7 @@ def read_csv(path: Path) -> list[dict]:
     csv.field_size_limit(2**31 - 1)  # from 131,072 characters
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, restval=MISSING)
             names = reader.fieldnames or []
             twice = [name for name in names if names.count(name) > 1]
             if twice:
@@ -77,6 +78,8 @@ def read_csv(path: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         if None in row:  # where DictReader puts what the header has no name for
             raise ValueError(f"row {number} has more fields than the header")
+        if MISSING in row.values():  # often half of a row, broken at a line end within its text
+            raise ValueError(f"row {number} has fewer fields than the header")
     return rows
 
 

@@ -3,6 +3,7 @@ r"""Units: what a number counts, read behind it, and amounts in two units.
     "km per hour" ── unit_of ──> Unit("km", "h")     "m/s^2" ──> Unit("m", "s^2")
     "red apples" ──> Unit("", "")                    "x" ──> None: 5x is a product
     "5 hours 30 minutes" ── compound ──> Amount(19800, "time")
+    r"7\sqrt{5} cm" ── measured ──> r"7\sqrt{5}", Unit("cm")
 
 Units are read, never converted, but within an amount in two of them. To let another unit or currency
 count, add it to a table below.
@@ -84,9 +85,11 @@ SIZES = {
 # Words that a number's unit may have in it, or not.
 SMALL = frozenset({"of", "a", "an", "the", "in", "per", "sq", "cu", "square", "cubic"})
 NOT_UNITS = re.compile(
-    r"(?i:or|and|not|but|than|then|more|less|times|plus|minus|over|divided|multiplied|from|was|are|"
+    r"(?i:or|and|not|but|than|then|more|less|maybe|perhaps|possibly|probably|times|plus|minus|over|"
+    r"divided|multiplied|from|was|are|"
     r"is|equals?|mod|modulo|root|base|point|factorial|halves|thirds|fourths|fifths|"
-    r"sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths)"
+    r"sixths|sevenths|eighths|ninths|tenths|\w*(?:ieth|leventh|welfth|teenth|hundredth|thousandth|"
+    r"millionth|billionth)s?)"
 )
 BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 BEHIND = {"squared": 2, "cubed": 3}
@@ -189,6 +192,25 @@ def same_unit(a: Unit, b: Unit) -> bool:
 
 def same_name(a: str, b: str) -> bool:
     return a == b or b in OPEN.get(a, ()) or a in OPEN.get(b, ())
+
+
+# Behind a formula stand long names and these; `in`, `sec` and `ml` may be parts of it.
+SAFE = {"cm", "mm", "km", "kg", "ft", "mph"}
+BEHIND_FORMULA = re.compile(
+    rf"(?<=[\w)}}\]])(?: |(?<=[}})])) ?((?:(?:square|cubic|sq|cu) )?"
+    rf"(?:units?|{'|'.join(name for name in UNITS if len(name) > 3 or name in SAFE)}))"
+    r"(?: ?\^ ?\{?([23])\}?)?$"
+)
+
+
+def measured(text: str) -> tuple[str, Unit]:
+    r"""`7\sqrt{5} square cm` as its formula and its unit; an empty one where none stands behind."""
+    ends = text[-1:].isalpha() or text[-2:].strip("^{}") in ("2", "3")
+    match = BEHIND_FORMULA.search(text[-40:]) if ends else None
+    if not match:
+        return text, Unit()
+    unit = unit_of(f" {match[1]}" + (f"^{match[2]}" if match[2] else ""))
+    return text[: len(text) - len(match[0])], unit or Unit()
 
 
 # Amounts in two units --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -169,6 +170,26 @@ def test_mixed_datasets_fill_missing_columns_with_none(write):
     assert [row["prompt"] for row in rows] == [[user("a")], [user("b")], [user("c")]]
 
 
+def test_what_is_no_number_is_none_wherever_it_stands(write):
+    """NaN is how tables of numbers write that there is nothing."""
+    content = (
+        '{"question": "a", "x": NaN, "y": [1.0, NaN, [NaN]], "z": {"u": NaN, "v": [{"w": NaN}]}}'
+    )
+    (row,) = data.load_rows([write(content)])
+    assert row["x"] is None
+    assert row["y"] == [1.0, None, [None]]
+    assert row["z"] == {"u": None, "v": [{"w": None}]}
+
+
+def test_values_of_any_kind_of_a_reader_pass_unchanged():
+    import numpy
+
+    array, turns = numpy.array([1.0, 2.0]), ({"role": "user", "content": "a"},)
+    read = lambda *_: [{"messages": turns, "array": array, "tuple": (1.0, math.nan)}]  # noqa: E731
+    (row,) = data.load_rows(["mine"], read=read)
+    assert row["array"] is array and row["tuple"] == (1.0, None)
+
+
 def test_optional_columns_of_one_file_are_filled(write):
     rows = data.load_rows([write([{"question": "a", "hint": "h"}, {"question": "b"}])])
     assert [row["hint"] for row in rows] == ["h", None]
@@ -321,6 +342,12 @@ BAD = [
     ('{"messages": [{"role": "user", "content": ["b"]}]}\n', "", "row 1: messages is not a list"),
     ('{"messages": [{"role": "assistant", "content": "b"}]}\n', "", "row 1: messages asks"),
     ('{"question": "a \\ud800 b"}\n', "", "row 1: 'utf-8' codec can't encode"),
+    (
+        '{"prompt": "a", "original_prompt": "b"}\n',
+        "",
+        "columns prompt and original_prompt: rewards get the first by the name of the second; "
+        "rename either",
+    ),
     (GOOD + '\n{"question": "b"\n', "", "line 3 is not an object of JSON"),
     (GOOD + "[1, 2]\n", "", "line 2 is not an object of JSON"),
     ("[" * 100_000, "", "maximum recursion depth exceeded"),

@@ -1,4 +1,4 @@
-"""run/answers.py, notation.py, quantities.py: what counts as an equal answer, and what does not."""
+"""run/answers.py, notation.py, numerals.py, quantities.py: what counts as an equal answer, and what does not."""
 
 import gzip
 import json
@@ -58,6 +58,10 @@ def test_a_box_dollar_signs_and_a_full_stop_are_not_part_of_an_answer():
         (r"\boxed{\frac{1}{\sqrt{2}}} holds", r"\frac{1}{\sqrt{2}}"),
         (r"\boxed{\{1\}}", r"\{1\}"),
         ("We see $x=1$, hence it is $y+1$.", "y+1"),
+        (r"So, after all, \[ 3/7 \]", "3/7"),
+        (r"Therefore, $3/7$.", "3/7"),
+        (r"We get 1, $3/7$.", r"We get 1, $3/7$"),
+        (r"We get \(1\), \(3/7\)", r"We get \(1\), \(3/7\)"),
         ("The answer is 3/7.", "3/7"),
         ("**Answer:** $3/7$", "3/7"),
         ("The answer is $3/7$, not $4/7$.", "The answer is $3/7$, not $4/7$"),
@@ -114,6 +118,15 @@ def test_a_bare_formula_is_read_whole():
 # kind → lines of ways to write the same: each is right where the first is asked, and it where each.
 SAME = {
     "words around a number": ["46 | about 46 | approximately 46 | It is 46. | The answer is 46 km"],
+    "signs and punctuation around it": [
+        r"31 | = 31 | =31 | x = 31 | 31 = x | ≈ 31 | \therefore 31 | ∴ 31 | → 31 | \Rightarrow 31",
+        r"31 | The answer is = 31 | Answer = 31 | \boxed{= 31} | $= 31$ | = \$31 | = 31 apples",
+        r"31 | 31, | 31; | 31: | 31 , | **31**, | \boxed{31,} | $31;$ | 31 km; | \$31, | 31.0, | x = 31;",
+        r"\frac{5}{8} | \frac58, | 5/8; | = \frac{5}{8} | x = 5/8,",
+        r"x^2-3 | = x^2-3 | x^2-3, | y = x^2-3; | \boxed{= x^2 - 3}",
+        r"(2,9) | (2,9), | = (2,9) | (2, 9);",
+        r"Sunday | Sunday, | Sunday; | Sunday!",
+    ],
     "money": [
         r"\$7.25 | 7.25 dollars | $7.25 | 7.25 | \text{\$}7.25 | US$7.25 | \$7\frac{1}{4} | 7.25 USD",
         r"\$41,\!906 | 41,906 | 41906 | \$41{,}906 | 41\,906 | \$41906.00 | 41{,}906 \text{ dollars}",
@@ -123,6 +136,45 @@ SAME = {
     "mixed numbers": [
         r"3 2/5 | 3.4 | 17/5 | \frac{17}{5} | 3\frac{2}{5} | 3 \tfrac25 | 3⅖ | 3 and 2/5 | x = 3 2/5",
         r"-4 1/3 | -\frac{13}{3} | -4\frac13 | −4⅓",
+        r"6 1/4 | 6 + \frac14 | 6\ \frac{1}{4} | 6\,\frac14 | 5 + 5/4 | six and a quarter",
+        r"6\frac14 | 6 + 1/4 | 6.25 | \frac{25}{4} | 25/4",
+    ],
+    "fractions": [
+        r"5/8 | \dfrac58 | \tfrac{5}{8} | \cfrac{5}{8} | \sfrac{5}{8} | \nicefrac58 | ⁵⁄₈ | {5 \over 8}",
+    ],
+    "repeating decimals": [
+        r"1/3 | 0.\overline{3} | 0.333... | 0.333… | 0.\bar3 | 0.\dot{3} | 0.(3) | 0.3\overline{33}",
+        r"1/3 | $0.\overline{3}$ | 0.3333\ldots | 0.333\dots | The answer is 0.333... | .\overline{3}",
+        r"\frac{17}{30} | 0.5\overline{6} | 0.5666... | 0.5\bar{6} | 0.5666\ldots",
+        r"-\frac{14}{11} | -1.\overline{27} | -1.2727... | -1.27\overline{2727} | -1.\dot{2}\dot{7}",
+        r"2 | 1.\overline{9} | 1.999...",
+        r"33.\overline{3}\% | 33\frac13\% | 1/3 | 33.333...%",
+    ],
+    "number words": [
+        r"7 | seven | Seven | SEVEN | \text{seven} | \boxed{seven} | The answer is seven. | It is seven.",
+        r"7 | seven apples | seven dollars | **Seven**, | $7 | 7 apples",
+        r"38 | thirty-eight | Thirty-Eight | thirty eight | thirty‑eight | thirty-eight km",
+        r"360 | three hundred sixty | three hundred and sixty | thirty dozen",
+        r"12 | a dozen | one dozen eggs | twelve",
+        r"1,500 | fifteen hundred",
+        r"5,217 | five thousand two hundred seventeen | five thousand, two hundred and seventeen",
+        r"1000000 | one million | a million | 1 million",
+        r"-4 | minus four | negative four",
+        r"0.5 | one half | one-half | half | a half | 1/2",
+        r"3/5 | three fifths | three-fifths",
+        r"25\% | twenty-five percent",
+    ],
+    "clocks": [r"4:35 p.m. | 4:35 PM | 4:35pm | 4:35 P.M. | \text{4:35 p.m.} | 4:35 \text{ pm}"],
+    "no solution": [
+        r"\emptyset | no solution | No solutions. | \text{no solution} | {} | \{ \} | Ø | no real solutions",
+        r"no solution | \emptyset | \varnothing | {} | ∅ | There is no solution. | x \in \emptyset",
+        r"\text{No solution} | there are no real solutions | no solution exists | the empty set",
+    ],
+    "choosing": [
+        r"84 | \binom{9}{3} | {9 \choose 3} | \binom93 | \tbinom{9}{3} | {}_9C_3 | ^9C_3 | 9 choose 3",
+        r"84 | _9C_3 | {}_9C_3 | \binom{9}{6} ways",
+        r"2\binom{9}{3} | 168 | \binom{9}{3} + 84",
+        r"\binom{9}{3} | \frac{9!}{3!6!} | 84",
     ],
     "plain text": [
         r"sqrt(7)/3 | \frac{\sqrt{7}}{3} | \sqrt{7}/3 | √7/3 | (sqrt 7)/3",
@@ -141,7 +193,8 @@ SAME = {
         r"⅝ | 0.625 | \frac58 | 5⁄8",
         r"–12 | -12 | −12 | －12",
         r"８３ | 83",
-        "98\u00a0765 | 98765 | 98\u202f765 | 98\u2009765 | 98,765",
+        "98\u00a0765 | 98765 | 98\u202f765 | 98\u2009765 | 98,765 | 98\u2006765",
+        r"98,765 | 98\thinspace765 | 98{\,}765 | 98'765 | 98\,765",
         r"（3，8） | (3,8) | (3, 8)",
         r"−∞ | -\infty | -infinity",
         r"∅ | \varnothing | \emptyset | \{\} | empty set",
@@ -150,10 +203,16 @@ SAME = {
     ],
     "choices": [
         r"D | (D) | D. 40 litres | D) 40 | \textbf{(D)}\ 40 | The answer is D. | \text{D} | Option D",
+        r"D | The correct option is D | Option (D) is correct. | (D) is correct | D is the correct answer",
+        r"D | The correct choice is (D). | Thus, option D is correct. | D, | I choose D. | It is D. | Option: D",
+        r"D | Correct option: (D) | We try each. So the correct option is **D**. | The right answer is D",
+        r"(D) 40 | The correct answer is option (D) 40 | Choice D. 40 | D",
     ],
     "units": [
         r"84 | 84 km/h | 84 miles per hour | 84 m/s^2 | 84 Rs. | 84 \text{ cm}^2 | 84 pears | $84 per day",
         r"62 \text{ kg} | 62 kg | 62 kilograms | 62",
+        r"7\sqrt{5} | 7\sqrt{5} units | 7√5 cm | 7\sqrt{5} \text{ units} | 7\sqrt{5} square units",
+        r"36 | 3 dozen | 36 eggs",
     ],
     "numbers": [
         r"4e5 | 400000 | 4 \times 10^5 | 4 \cdot 10^{5} | 400,000 | 400 thousand | 4E5",
@@ -164,6 +223,7 @@ SAME = {
         r"1/3^4 | \frac{1}{81} | 1/81 | \frac{1}{3^4} | 3^{-4}",
         r"3.5² | 12.25 | 3.5^2 | 49/4 | 3.5^{2}",
         r"2,000^2 | 4000000 | 4e6",
+        r"168 | 2(84) | 2 \cdot (84) | 2 \cdot 84",
     ],
     "intervals": [
         r"(-\infty, 7) | x<7 | 7 > x | x \in (-\infty,7) | (-∞, 7) | y < 7",
@@ -192,6 +252,14 @@ def test_ways_to_write_the_same_are_equal_either_way_round(kind):
             assert said == [RIGHT, RIGHT], (first, other)
 
 
+def test_a_count_of_choices_by_a_letter_is_a_number_as_an_answer_alone():
+    """In a reference C(9,3) may be a point, 9C3 a number of base 16, and C_9^3 a power."""
+    ways = ["C(9,3)", "C(9, 3) ways", "9C3", r"\mathrm{C}(9,3)", "C_9^3", "C_{9}^{3}", "C^3_9"]
+    assert in_this_process([(way, "84") for way in ways]) == [RIGHT] * len(ways)
+    assert RIGHT not in in_this_process([("84", way) for way in ways])
+    assert in_this_process([("P(9,3)", "504"), ("9P3", "504"), ("(9,3)", "(9,3)")]) == [RIGHT] * 3
+
+
 # Each looks like the other, and is wrong.
 NEAR_MISSES = {
     "hedges": [
@@ -208,6 +276,86 @@ NEAR_MISSES = {
         ("45? 46?", "46"),
         ("45, maybe 46", "46"),
         ("45 dollars or 46 dollars", r"\$46"),
+        (">= 46", "46"),
+        (r"\ne 46", "46"),
+        ("=> 46", "46"),
+        ("= 45 = 46", "46"),
+    ],
+    "signs and punctuation around it": [
+        ("= -31", "31"),
+        ("31 = 32", "31"),
+        ("32 = x", "31"),
+        ("31 = y", "x = 31"),
+        ("31, 32,", "31"),
+        ("31; 32", "32"),
+        ("31!", "31"),
+        ("= x^2+3", "x^2-3"),
+        ("x^2, 3,", "x^2-3"),
+        ("(9,2),", "(2,9)"),
+    ],
+    "fractions": [("⁸⁄₅", "5/8"), (r"\sfrac{5}{18}", "5/8"), (r"\nicefrac58", "58"), ("58", "5/8")],
+    "repeating decimals": [
+        (r"0.\overline{3}", "0.3"),
+        (r"0.\overline{3}", "3"),
+        (r"0.\overline{3}", "0"),
+        (r"0.0\overline{3}", "1/3"),
+        ("0.333", "1/3"),
+        ("0.334...", "1/3"),
+        ("0.303...", "1/3"),
+        (r"1.\overline{27}", r"1.2\overline{7}"),
+        ("0.5(6)", r"0.5\overline{6}"),  # three
+        ("1.50...", "1.55555555"),
+    ],
+    "number words": [
+        ("seventeen", "7"),
+        ("seventy", "7"),
+        ("seven or eight", "7"),
+        ("not seven", "7"),
+        ("seven to nine", "7"),
+        ("seven maybe", "7"),
+        ("perhaps seven", "7"),
+        ("seven squared", "7"),
+        ("seven and a half", "7"),
+        ("seven hundred", "7"),
+        ("sevenths", "7"),
+        ("seven eighths", "7"),
+        ("seven twentieths", "7"),
+        ("7 twentieths", "7"),
+        ("seven dozen", "7"),
+        ("one of them", "1"),
+        ("one or more", "1"),
+        ("one-to-one", "1"),
+        ("one third", "1"),
+        ("half a dozen", "1/2"),
+        ("half past six", "0.5"),
+        ("thirty-eight", "30"),
+        ("eight thirty", "38"),
+        ("three hundred sixty", "63"),
+        ("seven brides", "seven brothers"),
+        ("thousand two", "1002"),
+    ],
+    "clocks": [("4:35 a.m.", "4:35 p.m."), ("4:53 PM", "4:35 PM"), ("14:35 PM", "4:35 PM")],
+    "no solution": [
+        ("0", "no solution"),
+        ("no solution", "0"),
+        ("one solution", "no solution"),
+        ("no unique solution", "no solution"),
+        ("infinitely many solutions", r"\emptyset"),
+        (r"\{0\}", r"\emptyset"),
+        (r"\{\emptyset\}", r"\emptyset"),
+        (r"\phi", r"\emptyset"),
+        ("not the empty set", r"\emptyset"),
+        ("no integer solutions", "no solution"),
+    ],
+    "choosing": [
+        (r"\binom{9}{2}", "84"),
+        (r"\binom{3}{9}", "84"),
+        (r"\binom93", "93"),
+        ("C(9,2)", "84"),
+        ("P(9,3)", "84"),
+        ("9C2", "84"),
+        ("84", "C(9,3)"),  # as a reference, a point
+        ("C(3,9)", "C(9,3)"),
     ],
     "money": [
         (r"\$7.52", r"\$7.25"),
@@ -225,6 +373,9 @@ NEAR_MISSES = {
         ("32/5", "3 2/5"),
         ("-3 2/5", "-2.6"),
         ("3 - 2/5", "3 2/5"),
+        (r"3 \cdot \frac25", "3 2/5"),
+        (r"3\times\frac{2}{5}", r"3\frac25"),
+        ("0.7 + 1/2", "3 2/5"),
     ],
     "plain text": [
         ("sqrt(7)", "7"),
@@ -263,6 +414,18 @@ NEAR_MISSES = {
         ("C. 40 litres", "D. 40 litres"),
         ("(C) + 1", "C"),
         ("Not D", "D"),
+        ("The correct option is not D", "D"),
+        ("Option (D) is not correct", "D"),
+        ("(D) is not correct", "D"),
+        ("(D) may be right", "D"),
+        ("D. wrong", "D"),
+        ("Neither C nor D is correct", "D"),
+        ("C and D is correct", "D"),
+        ("I doubt D is correct", "D"),
+        ("D is incorrect", "D"),
+        ("The correct option is C or D", "D"),
+        ("The correct option is C", "D"),
+        ("D is wrong, so C is correct.", "D"),
     ],
     "units": [
         ("84 m", "84 cm"),
@@ -274,6 +437,11 @@ NEAR_MISSES = {
         ("2 thirds", "2"),
         ("6 feet 2 inches", "2"),
         ("6 feet 2 inches", "6"),
+        (r"7\sqrt{5} units", "7"),
+        (r"7 units", r"7\sqrt{5}"),
+        (r"7\sqrt{5} square units", r"5\sqrt{7}"),
+        ("2 dozen", "2"),
+        ("2 elevenths", "2"),
     ],
     "numbers": [
         ("4e5", "4e6"),
@@ -284,6 +452,8 @@ NEAR_MISSES = {
         ("37.5\\%", "37"),
         ("3.75\\%", "0.375"),
         ("12,34", "1234"),
+        ("98'76", "9876"),
+        ("98'7654", "987654"),
         ("1.0000004", "1"),
         ("0.66", "2/3"),
         ("2 3 4", "4"),
@@ -298,6 +468,8 @@ NEAR_MISSES = {
         ("1e2^2", "100"),
         ("9.8^2", "9.8 m/s^2"),
         ("1/4!", "1/4"),
+        ("2(84)", "86"),  # a product
+        ("2(84)", "284"),
     ],
     "tiny": [
         ("0.0000004", "0.0000005"),
@@ -357,10 +529,11 @@ def test_every_random_number_equals_itself_in_other_clothes_and_no_other():
 
 
 LATIN = r"\boxed{ ( [ $ \( { } ^ _ , - . / | * **a _a 1 1, 1/ 1^ 9. \frac \frac{1} \text{ sqrt( or"
+TYPED = "0.3... 9C_3 = twenty ≈ ; 5:3 no 3 choose \\dot{ ⁴⁄₅ \\binom 1' units It's"
 OTHERS = "² √ – ½ 。 答案 answer answer: \\cup x< A. {\\boxed{1} $1$ <answer>"
 
 
-@pytest.mark.parametrize("unit", [*(LATIN + " " + OTHERS).split(" "), " ", "\n", " 1", "a "])
+@pytest.mark.parametrize("unit", [*f"{LATIN} {OTHERS} {TYPED}".split(" "), " ", "\n", " 1", "a "])
 def test_long_texts_are_read_in_linear_time(unit):
     seconds = []
     for length in (25_000, 100_000):

@@ -449,18 +449,40 @@ def test_columns_are_checked_before_the_run(make):
     for columns, message in (
         (["level"], "--reward_funcs accuracy: needs a column solution; the dataset has level"),
         (["solution"], "--reward_funcs level: needs a column level; the dataset has solution"),
-        (
-            ["solution", "level", "step"],
-            "--dataset: rename its column step; we keep our own under this name",
-        ),
-        (
-            ["solution", "level", "prompt_ids"],
-            "--dataset: rename its column prompt_ids; we keep our own under this name",
-        ),
     ):
         with pytest.raises(UsageError) as caught:
             reward.check_columns(columns)
         assert str(caught.value) == message
+    taken = ["self", "completions", "prompts", "completion_ids", "step", "is_truncated"]
+    for name in [*taken, "prompt_ids", "trainer_state", "response_token_ids"]:
+        with pytest.raises(UsageError) as caught:
+            reward.check_columns(["solution", "level", name], "--val_dataset a.jsonl")
+        what = f"rename its column {name}; rewards are handed something else by this name"
+        assert str(caught.value) == f"--val_dataset a.jsonl: {what}"
+
+
+def test_a_column_by_the_name_that_a_reward_has_for_completions_is_one_line(make):
+    orms["plain"] = lambda texts, **kwargs: [0.0] * len(texts)
+    orms["few"] = lambda texts, level: [0.0] * len(texts)
+    orms["bounded"] = eval("lambda texts, /, **kwargs: kwargs['texts']")
+    for name in ("plain", "few"):
+        with pytest.raises(UsageError) as caught:
+            make(name).check_columns(["level", "texts"], "--dataset a.jsonl")
+        what = "rename its column texts; the reward " + name + " takes its completions by this name"
+        assert str(caught.value) == f"--dataset a.jsonl: {what}"
+    bounded = make("bounded")
+    bounded.check_columns(["level", "texts"])
+    assert run(bounded, ["a"], texts=[2.0]) == [[2.0]]
+
+
+@pytest.mark.parametrize(
+    "name", ["function", "batch", "state", "columns", "args", "kwargs", "a b", ""]
+)
+def test_a_column_may_have_any_other_name(name, make):
+    orms["sees"] = lambda completions, **kwargs: kwargs[name]
+    reward = make("sees", "format")
+    reward.check_columns([name])
+    assert run(reward, ["a"], **{name: [2.0]}) == [[2.0, 0.0]]
 
 
 def test_a_falling_curve_for_wrong_answers_is_said_in_one_line(make):

@@ -6,11 +6,20 @@ import json
 import pytest
 
 import data
-from run import readers
+from run import checks, readers
 
 
 def load(*names, **settings):
     return data.load_rows(list(names), read=readers.read, **settings)
+
+
+def write_parquet(path, rows, kinds=None):
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema(kinds) if kinds else None
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+    return path
 
 
 def error_of(*names, **settings):
@@ -70,6 +79,38 @@ def test_parquet_holds_conversations(tmp_path):
     assert row["prompt"] == turns and row["solution"] == "d"
 
 
+@pytest.mark.parametrize("column", ["question", "problem", "prompt"])
+def test_a_question_of_bytes_is_one_line(tmp_path, column):
+    path = write_parquet(tmp_path / "a.parquet", [{column: b"a", "answer": "1"}])
+    message = f"--dataset {path}: row 1: {column} is bytes; text, or a list of turns, works"
+    assert error_of(str(path)) == message
+
+
+@pytest.mark.parametrize("column", ["solution", "answer"])
+def test_a_reference_of_bytes_is_for_rewards_of_ones_own(tmp_path, column):
+    path = write_parquet(
+        tmp_path / "a.parquet", [{"question": "a", column: b"1", "image": b"\xff"}]
+    )
+    rows = load(str(path))
+    assert rows[0]["solution"] == b"1" and rows[0]["image"] == b"\xff"
+    with pytest.raises(
+        data.UsageError, match="^--reward_funcs accuracy: a row's reference is of bytes"
+    ):
+        checks.check_solutions(rows)
+
+
+def test_short_floats_are_the_numbers_that_were_written_in_lists_too(tmp_path):
+    import pyarrow
+
+    kinds = {"a": pyarrow.float32(), "b": pyarrow.list_(pyarrow.float32())}
+    kinds["c"] = pyarrow.list_(kinds["b"])
+    row = {"a": 99.99, "b": [0.1, None], "c": [[2.7]]}
+    path = write_parquet(
+        tmp_path / "a.parquet", [{"question": "q", **row}], {"question": pyarrow.string(), **kinds}
+    )
+    assert {name: load(str(path))[0][name] for name in row} == row
+
+
 def test_a_csv_field_may_be_long(tmp_path):
     text = "x" * 200_000
     (tmp_path / "a.csv").write_text(f"question,answer\n{text},1\n")
@@ -101,6 +142,8 @@ BAD_FILES = [
     ("a.json", "[" * 100_000, "", "maximum recursion depth exceeded"),
     ("a.csv", "question,answer,answer\na,1,2\n", "", "the header names answer twice"),
     ("a.csv", "question,answer\na,1\nb,2,3\n", "", "row 2 has more fields than the header"),
+    ("a.csv", "question,answer,level\na,1,2\nb,2\n", "", "row 2 has fewer fields than the header"),
+    ("a.csv", "question,answer\nWhat is\n2 + 2?,4\n", "", "row 1 has fewer fields than the header"),
     ("a.csv", 'question,answer\n"a,1\n', "", "unexpected end of data"),
     ("a.parquet", "not parquet", "", "could not open parquet input"),
     ("a.txt", "What?", "", "a .txt file is not understood; arithmetic"),
