@@ -173,6 +173,12 @@ class Block:
         self.queries, query_mask = pad(queries, "right", device)  # (R, T): places in the pack
         self.keys, self.key_mask = pad(paths, "right", device)  # (R, L)
         self.query_mask = query_mask.bool()
+        # The queries without padding: their places in the pack, and in the rows one after the other.
+        # Made here, since to look for them in a mask would let a GPU wait in every layer.
+        T = self.queries.shape[1]
+        filled = [i * T + j for i, row in enumerate(queries) for j in range(len(row))]
+        self.filled = torch.tensor(filled, device=device)
+        self.places = torch.tensor([place for row in queries for place in row], device=device)
         self.shared, self.positions = shared, positions
         self.own_keys = self.keys[:, shared:]  # (R, L - shared)
         self.biases: dict[int | None, Tensor] = {}  # by sliding window; the layers share them
@@ -220,9 +226,8 @@ class Block:
         T = self.queries.shape[1]
         rows = q.unflatten(2, (-1, T))  # (key heads, R, heads a key, T, d)
         rows = rows.permute(1, 3, 0, 2, 4)
-        rows = rows.flatten(2, 3)  # (R, T, heads, d)
-        places = self.queries[self.query_mask]
-        out.index_copy_(0, places, rows[self.query_mask])
+        rows = rows.flatten(2, 3).flatten(0, 1)  # (R · T, heads, d)
+        out.index_copy_(0, self.places, rows.index_select(0, self.filled))
 
     def add_back(self, k: Tensor, sums: Tensor) -> None:
         """Add rows of keys, transposed, (key heads, R, d, L), to their places in sums
