@@ -18,6 +18,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import shlex
@@ -66,6 +67,7 @@ OTHER_NAMES = {"train_type": ["tuner_type"]}
 # What the seven declare ------------------------------------------------------------------------
 
 
+@functools.cache
 def declared() -> list[type]:
     """The dataclasses of options of all modules, in the order of --help.
 
