@@ -23,6 +23,8 @@ from run.console import harmless
 LOOKS = 2  # a second
 SAMPLES = 20.0  # seconds between two sample tables
 ROWS = 4  # completions of one
+TOKENS = " {:,} of {:,} tokens, {} of {} going"
+GROUPS = " {} of {} prompts answered"
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 40  # characters of the rewards' curve
 
@@ -44,7 +46,7 @@ class Screen:
     def __init__(self):
         self.live = self.console = None  # of rich, while there is a panel
         self.phases: list[Phase] = []  # each within the one before it
-        self.drawn = None  # tokens, of how many, completions going, of how many
+        self.drawn = None  # how far the sampler is: a form and its numbers
         self.took = {"evaluate": [], "save": []}  # seconds, of each so far
         self.max_steps = 0  # there is no training yet
         self.facts, self.sample, self.sampled = {}, None, 0.0
@@ -148,8 +150,8 @@ class Screen:
         phases = self.phases
         told = (" · " if self.unicode else " - ").join(map(str, phases))
         if self.drawn:
-            tokens, longest, going, rows = self.drawn
-            told += f" {tokens:,} of {longest:,} tokens, {going} of {rows} going"
+            form, numbers = self.drawn
+            told += form.format(*numbers)
         line = Text(told, "bold cyan")
         if phases:
             line.append(f"  {clock(time.monotonic() - phases[-1].started)}", "dim")
@@ -264,7 +266,12 @@ def warn(line: str) -> None:
 
 def report(tokens: int, longest: int, going: int, rows: int) -> None:
     """How far a sampler is."""
-    screen.drawn = tokens, longest, going, rows
+    screen.drawn = TOKENS, (tokens, longest, going, rows)
+
+
+def report_groups(done: int, total: int) -> None:
+    """The same of vLLM, which tells it each second."""
+    screen.drawn = GROUPS, (done, total)
 
 
 @contextmanager
