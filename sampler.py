@@ -197,7 +197,8 @@ class ModelSampler:
     be drawn, while log-probabilities stay those of softmax(logits / temperature), the distribution
     of the training objective. decoder, draw: what is plain here, or what stands in for it.
     rows_at_once: from the model and a length in tokens to the rows that memory has room for; what
-    is beyond waits its turn. None decodes all together.
+    is beyond waits its turn. None decodes all together. report: told after each token how many there
+    are, of how many, and how many rows go on, of how many.
 
     Every rank calls `generate`, because sharded parameters (ZeRO-3) are gathered for it. With
     gather=False they are not: less memory, and each layer's parameters travel at every step.
@@ -216,9 +217,10 @@ class ModelSampler:
         decoder: type = Decoder,
         draw: Callable = sample_tokens,
         rows_at_once: Callable | None = None,
+        report: Callable | None = None,
     ):
         self.model, self.decoder, self.draw = model, decoder, draw
-        self.rows_at_once = rows_at_once
+        self.rows_at_once, self.report = rows_at_once, report
         self.max_new_tokens, self.metrics = max_new_tokens, {}
         self.distribution = (temperature, top_p, top_k)
         self.ends = set(eos_token_ids)
@@ -280,6 +282,8 @@ class ModelSampler:
             logps[alive, t] = logp
             ended[alive] |= torch.isin(token, self.eos)
             going_on = (~ended[alive]).nonzero()[:, 0]  # places among the rows
+            if self.report:
+                self.report(t + 1, T, len(going_on), B)
             if t + 1 == T or self._all_ended(len(going_on) == 0):
                 break
             # An ended row may go on for a while: what it draws is cut off below.

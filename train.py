@@ -56,6 +56,7 @@ from run import (
     checkpoints,
     checks,
     combinations,
+    display,
     drift,
     health,
     log,
@@ -132,7 +133,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     inputs.rewards.start()
     lines, facts = health.before_the_first_step(args, policy, num_rows, P, max_steps)
     for line in lines:
-        log.say(world, line)
+        log.warn(world, line)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress, facts)
     recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells)
@@ -153,7 +154,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         # B completions, few if they are long, with their advantages (B,).
         steps = [share_out(run, part) for part in rollout.split(M)]
         for k, step in enumerate(steps):
-            for micro in step.micro_batches:
+            for micro in display.counted("compare", step.micro_batches):
                 if reference is not None and not args.kl_in_reward:
                     micro.ref_logps = reference_logps(args, reference, micro)  # (B, T)
                 if k > 0:  # the policy will have left the one that sampled
@@ -168,7 +169,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             torch.manual_seed(seed_of(args.seed, stream, world.rank))
             least_entropy = least_entropy_of(args, world, policy, step.micro_batches)
             tally = log.Tally()
-            for micro in step.micro_batches:
+            for micro in display.counted("train", step.micro_batches):
                 # All (B, T); the mask is 1 on completion tokens and 0 on padding.
                 logps, entropies, mask = logps_of(args, policy, micro)
                 if not micro.completions:
@@ -366,11 +367,13 @@ def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature
     prompt_ids = [row["prompt_ids"] for row in own]
     seeds = [seed_of(run.args.seed, stream, i) for i in mine]
     other = () if temperature is None else (temperature,)
-    completions = run.sampler.generate(prompt_ids, seeds, *other)
+    with display.phase("generate"):
+        completions = run.sampler.generate(prompt_ids, seeds, *other)
     sampled = time.perf_counter()
 
     # Score. A group may lie across ranks, so every rank needs to know all.
-    scores = score(run, own, completions, step)
+    with display.phase("score"):
+        scores = score(run, own, completions, step)
     together = world.gather(list(zip(completions, scores)))
     completions, scores = (list(column) for column in zip(*together))
     rewards = torch.tensor(total(scores, run.rewards.weights))  # (N,)
@@ -487,7 +490,8 @@ def take_off_kl(run: Run, policy, reference, batch: Batch) -> None:
     own = list(run.world.part_of(N))
     passes = math.ceil(N / (run.world.size * args.per_device_train_batch_size))
     sums = []
-    for part in split_evenly(own, lengths, passes):  # as many on every rank
+    parts = split_evenly(own, lengths, passes)  # as many on every rank
+    for part in display.counted("compare", parts):
         micro = batch.select(part)
         difference = frozen_logps(args, policy, micro) - reference_logps(args, reference, micro)
         sums += difference.sum(dim=1).tolist()[: len(part)]
@@ -545,7 +549,7 @@ def evaluate(run: Run, rows: list[dict], step: int, journal: log.Log) -> None:
 def evaluation(run: Run, rows: list[dict], G: int, temperature: float, step: int):
     """G completions of each row, scored as in training: a Batch of some rows after the other."""
     prompts_at_once = run.world.size * run.args.per_device_eval_batch_size // G
-    for first in range(0, len(rows), prompts_at_once):
+    for first in display.counted("evaluate", range(0, len(rows), prompts_at_once)):
         part = rows[first : first + prompts_at_once]
         yield draw(run, part, G, EVALUATION + first, step + 1, temperature)
 

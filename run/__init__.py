@@ -33,6 +33,9 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     stop.py         a signal asks a run to end; a process ends with its parent
     lines.py        metrics.jsonl: whole lines, whatever happens
     log.py          metrics, completions, progress
+    shown.py        what is worth showing of them, in words
+    display.py      the panel on a terminal that follows a run
+    reports.py      TensorBoard, W&B, trackio
     folder.py       a run's folder: one run at a time, which checkpoints are whole
     drift.py        how far the policy that samples is from the one that is trained
     tokens.py       what a step did to each token

@@ -11,15 +11,14 @@ it writes are shown as signs and not sent to the terminal, which would obey them
 import argparse
 import re
 import sys
-import unicodedata
 from collections.abc import Iterator
 
 from data import BUILTINS, GUIDE_PROMPT, UsageError
 from run import flags, trained
+from run.console import harmless
 
 NAMES = trained.ASKING
 TAG = re.compile(r"</?think>")
-PICTURES = 0x2400  # Unicode's signs for control characters: ESC is ␛, 0x241B
 
 
 def main(argv: list[str]) -> None:
@@ -138,23 +137,6 @@ class Pieces:
 
 
 # The screen -------------------------------------------------------------------------------------
-
-
-def harmless(text: str) -> str:
-    """Control characters, and those that turn text around, as signs: a terminal obeys them."""
-    return "".join(map(harmless_character, text))
-
-
-def harmless_character(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return character
-    if code < 32 or code == 127:
-        return chr(PICTURES + (code if code < 32 else 33))
-    turns_around = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
-    if unicodedata.category(character) == "Cc" or turns_around:
-        return "\N{REPLACEMENT CHARACTER}"
-    return character
 
 
 class Screen:

@@ -30,6 +30,7 @@ from data import UsageError, one_line
 from run import adapters
 from run import folder as folders
 from run import reference as run_reference
+from run.display import phase
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def tell_differences(args: argparse.Namespace, world) -> int:
 # Saving -----------------------------------------------------------------------------------------
 
 
+@phase("save")
 def save(args, world, model, tokenizer, optimizer, progress: Progress, reference=None) -> None:
     """Write checkpoint-<step>. A collective call: every rank gives its part of the state.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import data
 from data import UsageError
 from run import checkpoints, combinations, models, placement, readers, templates
+from run.display import phase
 from run.fingerprint import Fingerprint
 from run.judge import Judge
 from run.log import say
@@ -39,6 +40,7 @@ class Inputs:
     lock: object = None  # keeps other runs out of the output folder
 
 
+@phase("read the data")
 def prepare(args: argparse.Namespace, world) -> Inputs:
     """Read and check everything but the weights, on all ranks; then make the output folder.
 

@@ -27,11 +27,12 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--temperature_eval 0: all {args.num_generations_eval} completions of a question "
             "would be the same; --num_generations_eval 1 works"
         )
-    if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:
-        raise UsageError(
-            "--report_to wandb: wandb is not installed; pip install wandb, "
-            "or --report_to tensorboard"
-        )
+    for name in {"wandb", "trackio"} & set(args.report_to):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"--report_to {name}: {name} is not installed; pip install {name}, "
+                "or --report_to tensorboard"
+            )
     check_rollout(args, world_size)
     if args.val_dataset or evaluates(args):
         check_groups(args, world_size, "per_device_eval_batch_size", "num_generations_eval")

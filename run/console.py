@@ -1,7 +1,11 @@
-"""Standard output that is closed, that cannot show every letter, or whose reader leaves, ends no run."""
+"""Standard output that is closed, that cannot show every letter, or whose reader leaves, ends no run;
+and no terminal obeys what a model, a dataset or another machine has written."""
 
 import os
 import sys
+import unicodedata
+
+PICTURES = 0x2400  # Unicode's signs for control characters: ESC is ␛, 0x241B
 
 
 class Unbroken:
@@ -40,3 +44,18 @@ def settle() -> None:
         stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Unbroken(stream))
+
+
+def harmless(text: str, keep: str = "\n\t") -> str:
+    """Control characters, but those to keep, and what turns text around, as signs."""
+    return "".join(c if c in keep else harmless_character(c) for c in text)
+
+
+def harmless_character(character: str) -> str:
+    code = ord(character)
+    if code < 32 or code == 127:
+        return chr(PICTURES + (code if code < 32 else 33))
+    turns_around = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+    if unicodedata.category(character) == "Cc" or turns_around:
+        return "\N{REPLACEMENT CHARACTER}"
+    return character

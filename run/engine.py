@@ -33,7 +33,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from run import stop, watch
+from run import display, stop, watch
 from run.fingerprint import Fingerprint
 from run.weights import WeightGroup, receive_weights, send_weights
 from sampler import Completion, SamplerError
@@ -181,6 +181,7 @@ class Engine:
                 raise self.failure(value)
             if kind == "done":
                 return value
+            display.report_groups(*value)  # a sign of life
 
     @contextmanager
     def watched(self, timeout: float | None = None) -> Iterator[None]:
@@ -324,7 +325,7 @@ def complete(llm, pipe: Connection, requests: list[tuple], sampling: dict) -> li
                 outputs[int(output.request_id)] = output.outputs
         if time.monotonic() > told + 1.0:
             told = time.monotonic()
-            pipe.send(("alive", None))
+            pipe.send(("alive", (len(outputs), len(requests))))
     return [completion_of(output) for i in range(len(requests)) for output in outputs[i]]
 
 

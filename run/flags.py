@@ -28,7 +28,7 @@ import typing
 from pathlib import Path
 
 from data import UsageError
-from run import adapters, combinations, console, stop
+from run import adapters, combinations, console, display, stop
 from run.values import boolean, number, planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,8 +161,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def answer_early(argv: list[str]) -> None:
-    """End with one line for flags that are wrong whatever the model and the data are. What is said
-    from now on ends no run, and a Ctrl-C is quiet while the rest is imported."""
+    """End with one line for flags that are wrong whatever the model and the data are, or give a sign
+    of life. What is said from now on ends no run, and a Ctrl-C is quiet while the rest is imported."""
     console.settle()
     stop.end_quietly()
     args = parse_args(expand(argv))
@@ -171,6 +171,8 @@ def answer_early(argv: list[str]) -> None:
         combinations.check(args, processes if isinstance(args.dry_run, bool) else args.dry_run)
     except UsageError as error:
         fail(str(error))
+    if not args.dry_run:
+        display.start()
 
 
 def refuse_unknown(parser: "Parser", argv: list[str]) -> None:
@@ -304,10 +306,8 @@ def fail(message: str, status: int = 2):
 
 
 def write_line(line: str) -> None:
-    """The last line, on stderr: a progress bar that is on the way is closed above it."""
-    if tqdm := sys.modules.get("tqdm"):
-        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
-            bar.close()  # or it would show itself once more, below
+    """The last line, on stderr: what follows the run on a terminal is taken away before it."""
+    display.screen.close()
     print(line, file=sys.stderr, flush=True)
 
 

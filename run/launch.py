@@ -10,6 +10,9 @@ import logging
 import os
 import sys
 
+if __name__ == "__main__":  # a sign of life: torch takes seconds
+    print("starting torchrun", flush=True)
+
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main

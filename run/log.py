@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, completions.jsonl, TensorBoard, W&B, the bar.
+"""What a run tells while it goes on: metrics.jsonl, completions.jsonl, the screen, other places.
 
 Metrics are whatever the loss, the rewards and the sampler return: a new name needs no change here.
 """
@@ -7,13 +7,15 @@ import resource
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from tqdm import tqdm
 
 from rewards import COUNTERS as OF_REWARDS
+from run import checkpoints, display, reports, shown
+from run.display import screen
 from run.health import Health
 from run.judge import RESTARTS
 from run.lines import Lines, cut_after
@@ -32,15 +34,23 @@ class Options:
     ] = 1
     log_completions: Annotated[bool, "write completions.jsonl, and a W&B table"] = False
     log_tokens: Annotated[int, "groups a logged step to write tokens.jsonl of", "from 0"] = 0
-    report_to: Annotated[list[Literal["none", "tensorboard", "wandb"]], "besides metrics.jsonl"] = (
-        "none",
-    )
+    report_to: Annotated[
+        list[Literal["none", "tensorboard", "wandb", "trackio"]], "besides metrics.jsonl"
+    ] = ("none",)
+    run_name: Annotated[str | None, "in W&B and trackio; else they make one up"] = None
+    project: Annotated[str | None, "in W&B and trackio; else WANDB_PROJECT of W&B, grpo"] = None
 
 
 def say(world, line: str) -> None:
     """Print a line, once for all ranks."""
     if world.is_main:
-        print(line, flush=True)
+        display.say(line)
+
+
+def warn(world, line: str) -> None:
+    """The same, so that it stands out."""
+    if world.is_main:
+        display.warn(line)
 
 
 def weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
@@ -171,22 +181,15 @@ class Log:
         self.completions_file = Lines(self.folder / "completions.jsonl")
         self.every, self.tells_completions = args.logging_steps, args.log_completions
         self.max_steps, self.steps_per_epoch = max_steps, steps_per_epoch
-        self.tensorboard = self.wandb = None
+        self.reports, self.held_out = [], []
         self.device, self.tokens_told = world.device, progress.num_tokens
         self.health = Health(args)
         if self.main:
-            self._open(args, progress.step)
+            self._open(args, world, progress.step)
         wish.training = True  # from now on there is a step to finish
 
-    def _open(self, args, step: int) -> None:
-        if "tensorboard" in args.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(self.folder / "runs"))
-        if "wandb" in args.report_to:
-            import wandb
-
-            self.wandb = wandb.init(project="grpo", config=vars(args), dir=str(self.folder))
+    def _open(self, args, world, step: int) -> None:
+        self.reports = reports.of(args)
         for lines in (
             self.metrics_file,
             self.completions_file,
@@ -194,11 +197,15 @@ class Log:
         ):
             note = cut_after(lines.file, step)
             if note:
-                print(note, flush=True)
+                display.say(note)
         if step >= self.max_steps:
-            print(f"step {step} of {self.max_steps} is done: nothing is left to do", flush=True)
-        settings = {"desc": "GRPO", "unit": "step", "dynamic_ncols": True}
-        self.bar = tqdm(total=self.max_steps, initial=step, **settings)
+            display.say(f"step {step} of {self.max_steps} is done: nothing is left to do")
+        M = checkpoints.rollout_size(args, world.size) // checkpoints.step_size(args, world)
+        screen.begin(
+            step,
+            self.max_steps,
+            partial(shown.to_come, args, self.max_steps, M * args.num_iterations),
+        )
 
     @property
     def asked_to_stop(self) -> bool:
@@ -215,16 +222,18 @@ class Log:
         progress.unlogged.append(metrics)
         if self.main:
             for line in self.health.lines(metrics):
-                self.bar.write(line)
-            shown = {"reward": f"{metrics['reward']:.3f}", "loss": f"{metrics['loss']:.4f}"}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
+                display.warn(line)
+            screen.step(step, shown.in_words(metrics), metrics)
         if self.tells(step):
             line = {"step": step, "epoch": step / self.steps_per_epoch}
             line |= {"learning_rate": learning_rate, "num_tokens": progress.num_tokens}
             line |= self._speed(progress) | self.facts
             line |= weighted_mean([(1, metrics) for metrics in progress.unlogged])
             self._write(step, line)
+            if self.main and not screen.live:
+                told = ", ".join(f"{name} {value}" for name, value in shown.in_words(line).items())
+                seconds = f"{line['time/step']:.1f} s{screen.left()}"
+                display.say(f"step {step} of {self.max_steps}: {told}, {seconds}")
             progress.unlogged = []
 
     def _speed(self, progress) -> dict[str, float]:
@@ -238,27 +247,26 @@ class Log:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._write(step, {"step": step, **{f"eval/{name}": v for name, v in metrics.items()}})
         if self.main:
-            shown = [n for n in metrics if n in ("reward", "completion_length")]
-            shown += [n for n in metrics if n.startswith("rewards/") and not n.endswith("/std")]
-            told = ", ".join(f"eval/{name} {metrics[name]:.3f}" for name in shown)
-            self.bar.write(f"step {step}: {told}")
+            told = ", ".join(f"{name} {value}" for name, value in shown.in_words(metrics).items())
+            display.say(f"step {step}, held out: {told}")
+            self.held_out.append(metrics)
 
     def completions(self, step: int, batch, run, phase: str = "train") -> None:
-        """Tell what was sampled for a step, or in an evaluation, with --log_completions."""
-        if not (self.main and self.tells_completions):
+        """Tell what was sampled for a step, or in an evaluation: all of it with --log_completions."""
+        if not self.main:
             return
-        names = run.rewards.names
+        if phase == "train" and screen.wants_sample():
+            screen.show_sample(*shown.sample_of(batch, run))
+        prefix = "" if phase == "train" else "eval/"
+        for report in self.reports:
+            report.batch(batch, prefix, step)
+        if not self.tells_completions:
+            return
         records = records_of(batch, run)
         if phase == "eval" and run.args.num_generations_eval == 1:
             records = [record | {"advantage": None} for record in records]
-        if self.wandb:
-            import wandb
-
-            table = wandb.Table(columns=["prompt", "completion", "advantage", *names])
-            for r in records:
-                table.add_data(r["prompt"], r["completion"], r["advantage"], *r["rewards"].values())
-            name = "completions" if phase == "train" else "eval/completions"
-            self.wandb.log({name: table}, step=step)
+        for report in self.reports:
+            report.completions(records, prefix, step)
         told = [{"step": step, "phase": phase, **record} for record in records]
         self._append(self.completions_file, told)
 
@@ -266,23 +274,19 @@ class Log:
         if not self.main:
             return
         self._append(self.metrics_file, [line])
-        if self.tensorboard:
-            for name, value in line.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(line, step=step)
+        for report in self.reports:
+            report.metrics(line, step)
 
     def _append(self, file: Lines, objects: list[dict]) -> None:
         problem = file.write(objects)
         if problem:
-            self.bar.write(problem)
+            display.warn(problem)
 
     def close(self) -> None:
         wish.training = False
+        for report in self.reports:
+            report.close()
         if self.main:
-            self.bar.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+            screen.close()
+            for line in shown.ending(self.folder, self.held_out, not self.asked_to_stop):
+                display.say(line)

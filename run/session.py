@@ -25,7 +25,7 @@ from transformers.utils import logging
 import dist
 from data import UsageError
 from rewards import RewardError
-from run import flags, placement, stop, watch
+from run import display, flags, placement, stop, watch
 from run.checkpoints import SaveError, how_to_resume
 from run.log import say
 from sampler import SamplerError
@@ -94,6 +94,7 @@ def session(args: argparse.Namespace, world: dist.World, advice=how_to_resume) -
             helps += " --gradient_checkpointing true takes less"
             flags.fail(f"{what}; {helps}; {advice(args)}", status=1)
         finally:
+            display.screen.close()
             if watcher:
                 watcher.close(word)
             dist.stop()

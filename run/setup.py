@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dist
-from run import adapters, checks, log, machine, models, placement
+from run import adapters, checks, display, log, machine, models, placement
 from sampler import ModelSampler, Sampler, VLLMSampler
 
 
@@ -30,6 +30,7 @@ class ModelOptions:
     plain: Annotated[bool, "train without the parts in fast/: slower, same results"] = False
 
 
+@display.phase("load the model")
 def load_policy(args: argparse.Namespace, world: dist.World, fast):
     """The policy, and the reference that the KL term compares it with: None when β is 0, the policy
     itself for LoRA, since without its adapters it is the base, a second model for full training."""
@@ -93,6 +94,7 @@ def make_sampler(args: argparse.Namespace, world: dist.World, policy, tokenizer,
         return VLLMSampler(policy, world, placement.engine_for(args, world), **settings)
     settings["gather"] = args.ds3_gather_for_generation
     settings["rows_at_once"] = machine.rows_at_once
+    settings["report"] = display.report
     if fast:
         layerwise = dist.is_sharded(policy) and not settings["gather"]
         settings["decoder"] = fast.decoder_for(policy, layerwise)

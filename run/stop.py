@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from run.display import screen, warn
+
 PARENT = os.getppid()  # read early: it is another one when that has ended
 # torchrun hands on a Ctrl-C that the terminal has sent to the ranks as well.
 SAME = 1.0  # seconds in which signals count as one
@@ -93,6 +95,9 @@ def tell_of(number: int) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             patience = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
             line += f"; torchrun waits {patience} s for it (--shutdown_timeout)"
+        if screen.live:
+            warn(line)
+            return
         with suppress(OSError):
             os.write(2, f"\n{line}\n".encode())
 

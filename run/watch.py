@@ -29,6 +29,7 @@ from datetime import timedelta
 import torch.distributed as torch_dist
 
 from data import UsageError
+from run.console import harmless
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # what no other machine could mean
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>: the address of a network interface
@@ -139,11 +140,6 @@ def read_line(connection: socket.socket, seconds: float, most: int) -> str:
     return said.decode().strip()
 
 
-def printable(text: str) -> str:
-    """What others say, without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 class Watch:
     """Ends this process when another one of the run is lost.
 
@@ -223,7 +219,7 @@ class Watch:
         connection.sendall(f"{word} {rank} {place}\n".encode())
         if not connection.recv(1):  # rank 0's first sign of life: all have come
             raise ConnectionError(f"{main} has ended")
-        self.peers[connection] = printable(main)
+        self.peers[connection] = harmless(main, keep="")
 
     def _await_all(
         self, size: int, place: str, host: str, store: torch_dist.Store, deadline: float
@@ -261,7 +257,7 @@ class Watch:
         except (ValueError, KeyError, OSError):  # a stranger, who looks for open ports
             connection.close()
         else:
-            self.peers[connection] = printable(place)
+            self.peers[connection] = harmless(place, keep="")
 
     # Watching, in a thread
 
@@ -297,9 +293,8 @@ class Watch:
                     heard[connection] = time.monotonic()
                     told = said.strip(self.ALIVE + self.FAILED + self.DONE + self.ASKED)
                     if told:  # rank 0 has lost another one
-                        return printable(
-                            told.decode(errors="replace")
-                        ), self.GRACE if self.FAILED in said else 0.0
+                        line = harmless(told.decode(errors="replace"), keep="")
+                        return line, self.GRACE if self.FAILED in said else 0.0
                     if self.FAILED in said:
                         return f"lost {place}: it failed, and has told why", self.GRACE
                     if self.ASKED in said:

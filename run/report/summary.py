@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
+from run.console import harmless
 from run.report.folder import Run
 from run.report.story import common_parts
 
@@ -25,14 +26,9 @@ def completions(run: Run, count: int = 5) -> list[str]:
         question = prompt[len(before) : len(prompt) - len(after)].strip()
         rewards = [f"{name} {v:g}" for name, v in record["rewards"].items() if v is not None]
         earned = ", ".join(rewards)
-        lines += ["", f"  {printable(question)}", f"  {printable(record['completion'].strip())}"]
+        lines += ["", f"  {harmless(question)}", f"  {harmless(record['completion'].strip())}"]
         lines.append(f"  ({earned}; advantage {record['advantage']:+.2f})")
     return [*lines, ""]
-
-
-def printable(text: str) -> str:
-    """Without what would steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def results(run: Run) -> list[str]:

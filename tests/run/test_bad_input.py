@@ -56,6 +56,10 @@ BAD_INPUT = {
         ["--system", "examples/nowhere.txt"],
         r"--system examples/nowhere.txt: no such file",
     ),
+    "nobody to report to": (
+        ["--report_to", "tensorboard", "trackio"],
+        r"--report_to trackio: trackio is not installed; pip install trackio, or ",
+    ),
     "beta of 1": (["--adam_beta2", "1"], r"--adam_beta2: '1': a number from 0 to "),
     "no weights": (["--model", "{tmp}/bare"], r"--model .*bare: no weights in this folder"),
     "output_dir below a file": (

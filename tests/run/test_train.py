@@ -25,7 +25,7 @@ import dist
 import fast
 import rewards
 import train
-from run import checks, flags, log, setup
+from run import checks, flags, log, reports, setup
 from sampler import ModelSampler
 
 
@@ -145,6 +145,9 @@ class Table:
 
 
 class Run:
+    def __init__(self, settings):
+        print(json.dumps({"init": [settings["project"], settings["name"]]}))
+
     def log(self, values, step):
         values = {k: v.rows if isinstance(v, Table) else v for k, v in values.items()}
         print(json.dumps({"wandb": values, "step": step}))
@@ -154,7 +157,7 @@ class Run:
 
 
 def init(**settings):
-    return Run()
+    return Run(settings)
 """
 
 
@@ -164,15 +167,76 @@ def test_wandb_gets_metrics_and_completions(model_folder, plugin, tmp_path, monk
     exec(WANDB, vars(wandb))
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    flags = flags_for(
-        model_folder, plugin, tmp_path / "o", report_to="wandb", log_completions="true", max_steps=1
-    )
-    out = train_here(*flags)
+    changes = {"report_to": "wandb", "log_completions": "true", "max_steps": 1}
+    changes |= {"run_name": "first", "project": "sums"}
+    out = train_here(*flags_for(model_folder, plugin, tmp_path / "o", **changes))
+    assert '{"init": ["sums", "first"]}' in out
     logged = [json.loads(line) for line in out.splitlines() if line.startswith('{"wandb"')]
     assert any("reward" in line["wandb"] for line in logged) and "wandb finished" in out
     table = next(line["wandb"]["completions"] for line in logged if "completions" in line["wandb"])
     assert len(table) == 16
     assert len((tmp_path / "o" / "completions.jsonl").read_text().splitlines()) == 16
+
+
+TRACKIO = """
+import json
+
+told = []
+
+
+def init(project, name, config):
+    json.dumps(config)
+    told.append([project, name])
+
+
+def log(line, step):
+    told.append((step, line))
+
+
+def finish():
+    told.append("finished")
+"""
+
+
+def test_trackio_gets_metrics(model_folder, plugin, tmp_path, monkeypatch):
+    """A stand-in that takes what the package takes."""
+    trackio = types.ModuleType("trackio")
+    exec(TRACKIO, vars(trackio))
+    trackio.__spec__ = importlib.machinery.ModuleSpec("trackio", None)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    changes = {"report_to": "trackio", "log_completions": "true", "max_steps": 2}
+    out = train_here(*flags_for(model_folder, plugin, tmp_path / "o", **changes))
+    assert "trackio show --project grpo opens" in out
+    lines = [(line.pop("step"), line) for line in read_metrics(tmp_path / "o")]
+    assert trackio.told == [["grpo", None], *lines, "finished"] and lines[1][0] == 2
+
+
+def test_tensorboard_gets_completions_as_text_and_histograms(model_folder, plugin, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"report_to": "tensorboard", "log_completions": "true", "max_steps": 2}
+    train_here(*flags_for(model_folder, plugin, tmp_path, **changes))
+    events = EventAccumulator(str(tmp_path / "runs"), {"histograms": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    assert {"advantages", "completion_lengths"} <= set(tags["histograms"])
+    spread = [told.histogram_value for told in events.Histograms("completion_lengths")]
+    lines = read_metrics(tmp_path)
+    for histogram, line in zip(spread, lines, strict=True):
+        assert histogram.num == 16
+        assert histogram.sum / 16 == pytest.approx(line["completion_length"])
+    first, second = events.Tensors("completions/text_summary")
+    records = (tmp_path / "completions.jsonl").read_text().splitlines()
+    (text,) = first.tensor_proto.string_val
+    solution = json.loads(records[0])["solution"]
+    assert f"    reference: {solution}" in text.decode() and (first.step, second.step) == (1, 2)
+
+
+def test_what_a_completion_says_is_no_markdown_in_tensorboard():
+    record = {"prompt": "p", "solution": None, "rewards": {"a": 1.0}, "advantage": None}
+    record["completion"] = "```\n# big\n<script>\n![x](http://x)\x1b"
+    *_, completion = reports.as_markdown(record).split("\n\n")
+    assert all(line.startswith("    ") for line in completion.split("\n"))
+    assert "\x1b" not in completion
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
