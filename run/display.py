@@ -133,9 +133,14 @@ class Screen:
 
         parts = [self.where()]
         if self.max_steps:
-            facts = Text(style="default")
+            facts, column = Text(style="default"), 0
             for name, value in self.facts.items():
+                width = len(f"{name} {value}   ")
+                if column + width > self.console.width:  # a number stays beside its name
+                    facts.append("\n")
+                    column = 0
                 facts.append(f"{name} ", "dim").append(f"{value}   ", "bold")
+                column += width
             parts = [self.progress(), *parts, facts]
             if self.unicode and len(self.rewards) > 1:
                 parts.append(Text("reward ", "dim").append(curve(self.rewards), "cyan"))

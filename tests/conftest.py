@@ -143,6 +143,14 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_tokenizer(model_folder):
+    """The tiny model's own."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
 def plugin(tmp_path_factory) -> Path:
     """A reward that tells random completions apart, so that there is something to learn from."""
     file = tmp_path_factory.mktemp("plugin") / "vowels.py"

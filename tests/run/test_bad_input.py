@@ -146,7 +146,7 @@ BAD_INPUT = {
     ),
     "a column of ours": (
         ["--dataset", "{tmp}/ids.jsonl"],
-        r"--dataset: rename its column prompt_ids",
+        r"--dataset .*: rename its column prompt_ids",
     ),
 }
 

@@ -173,7 +173,7 @@ def eighteens(tmp_path_factory):
     "name, processes", [*((name, 1) for name in [*EVERY_REWARD, "scorer", "all"]), ("all", 2)]
 )
 def test_each_reward_alone_and_all_with_checkpoint_weights(
-    name, processes, eighteens, model_folder, tokenizer, reward_model, script, tmp_path
+    name, processes, eighteens, model_folder, tiny_tokenizer, reward_model, script, tmp_path
 ):
     functions = EVERY_REWARD if name == "all" else [n for n in EVERY_REWARD if n == name]
     names = functions + ["scorer"] * (name in ("scorer", "all"))
@@ -195,9 +195,8 @@ def test_each_reward_alone_and_all_with_checkpoint_weights(
     else:
         run_forked(flags, processes, tmp_path / "ranks")
 
-    half = [
-        (1 + math.cos(math.pi * min(1, len(tokenizer.encode(text)) / 32))) / 2 for text in SCRIPT
-    ]
+    lengths = [len(tiny_tokenizer.encode(text)) for text in SCRIPT]
+    half = [(1 + math.cos(math.pi * min(1, length / 32))) / 2 for length in lengths]
     cosine = [0.5 + 0.5 * half[0], -0.5 + 0.5 * half[1], 0.5 + 0.5 * half[2], -0.5 + 0.5 * half[3]]
     expected = {
         "accuracy": 0.5,

@@ -231,7 +231,7 @@ def test_prompts_are_read_where_they_can_be(tmp_path, model_folder):
     transformers.AutoConfig.from_pretrained(model_folder).save_pretrained(tmp_path)
     flags = ["--dataset", "arithmetic#64", "--max_completion_length", 64]
     args = parse_args(
-        [str(x) for x in [*flags, "--model", model_folder, "--dry_run", 1, "--max_length", 200]]
+        [str(x) for x in [*flags, "--model", model_folder, "--dry_run", 1, "--max_length", 300]]
     )
     rows, longest, shared = plan.find_prompts(args, models.model_config(args))
     ids, _ = data.encode(
@@ -244,7 +244,7 @@ def test_prompts_are_read_where_they_can_be(tmp_path, model_folder):
         < len({tuple(row["prompt_ids"][: shared + 1]) for row in ids})
     )
     args.model = tmp_path
-    assert plan.find_prompts(args, models.model_config(args)) == (rows, 200, 0)
+    assert plan.find_prompts(args, models.model_config(args)) == (rows, 300, 0)
 
 
 def test_a_plan_says_whether_it_fits_and_what_would(capsys):

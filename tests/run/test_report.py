@@ -443,7 +443,7 @@ def token_lines(path) -> list[dict]:
 
 
 def test_before_and_after_are_the_log_probabilities_of_the_steps_checkpoints(
-    recorded, model_folder, tokenizer
+    recorded, model_folder, tiny_tokenizer
 ):
     from transformers import AutoModelForCausalLM
 
@@ -456,7 +456,7 @@ def test_before_and_after_are_the_log_probabilities_of_the_steps_checkpoints(
         for step, path in zip((0, 2, 4), folders)
     }
     for line in found:
-        prompt = tokenizer.encode(line["prompt"], add_special_tokens=False)
+        prompt = tiny_tokenizer.encode(line["prompt"], add_special_tokens=False)
         for done in line["completions"]:
             for step, name in ((line["step"] - 1, "before"), (line["step"], "after")):
                 if step in models:
