@@ -273,24 +273,31 @@ def objective(
     advantages = advantages[:, None]  # (B, 1): one for all tokens of a completion
     log_ratio = logps - old_logps  # (B, T)
     if options.importance_sampling_level == "sequence":
+        # One ratio for a whole completion: the geometric mean of its tokens' (GSPO, equation 7).
         log_ratio = mean_over_tokens(log_ratio, mask)[:, None].expand_as(logps)
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(log_ratio)  # ρ = π_θ / π_old
+
+    # The clip takes the gradient from a token that has moved far enough in its advantage's
+    # direction. min: one that has moved the other way keeps it, however far.
     low, high = clip_range(options)
     ceiling = options.delta or math.inf
     clipped = ratio.clamp(low, high)
     bounded = ratio.clamp(max=ceiling)
     surrogate = torch.min(bounded * advantages, clipped * advantages)
     if options.loss_type == "cispo":
+        # The ratio is a weight alone: each token keeps the gradient of its log-probability.
         surrogate = clipped.detach() * advantages * logps
     elif options.loss_type == "sapo":
         surrogate = soft_gate(ratio, advantages, options) * advantages
     metrics = clip_metrics(ratio, advantages, low, high, ceiling)
 
+    # Which tokens count, and what is added to them.
     left_out = torch.zeros_like(logps, dtype=torch.bool)
     if importance is not None:
         surrogate = surrogate * importance
         left_out = importance == 0
     if options.off_policy_sequence_mask_delta is not None:
+        # Bad completions that the policy has left behind: to push on would teach it nothing.
         drift = mean_over_tokens(-log_ratio.detach(), mask)[:, None]  # (B, 1)
         stale = (advantages < 0) & (drift > options.off_policy_sequence_mask_delta)
         surrogate = surrogate.masked_fill(stale, 0.0)
@@ -304,7 +311,7 @@ def objective(
         left_out = left_out | certain
     if ref_logps is not None:
         kl = k3(logps, ref_logps)
-        if options.kl_unbiased:
+        if options.kl_unbiased:  # π_old drew the tokens; ρ weighs them as if π_θ had
             kl = ratio * kl
         surrogate = surrogate - options.beta * kl
         metrics["kl"] = kl
@@ -349,7 +356,7 @@ def aggregate(per_token: Tensor, mask: Tensor, normalizers: Normalizers, loss_ty
     completion, then over completions (equation 3), or of a sum over all tokens."""
     if loss_type in ("grpo", "sapo"):
         return mean_over_tokens(per_token, mask).sum() / normalizers.completions
-    whole = (per_token * mask).sum()
+    whole = (per_token * mask).sum()  # long completions weigh more, by their tokens
     if loss_type == "dr_grpo":
         return whole / (normalizers.completions * normalizers.longest)
     return whole / normalizers.tokens
@@ -395,7 +402,7 @@ def completion_logps(
 
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(dtype) / temperature
-    log_probabilities = logits.log_softmax(dim=-1)
+    log_probabilities = logits.log_softmax(dim=-1)  # (B, T, V): what fast/head.py does without
     logps = log_probabilities.gather(2, completions[..., None]).squeeze(2)
     entropies = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
     padding = completion_mask == 0

@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
 
     policy, reference = setup.load_policy(args, world, quick(args))
-    waits = log.Waits(world.device)
+    waits = log.Waits(world.device)  # a stopwatch: how long this rank waits for others
     optimizer = setup.make_optimizer(args, policy, waits)
     # Step 0, or where a checkpoint stands.
     progress = checkpoints.resume(args, world, optimizer, reference)
@@ -332,8 +332,10 @@ def draw_rollout(run: Run, rows: list[dict], num_prompts: int, progress) -> Batc
         missing = num_prompts - int(teaches.sum())
         if missing == 0:
             break
+        # Keep the groups that teach, and draw as many prompts as are missing.
         kept = teaches.repeat_interleave(G).nonzero().flatten().tolist()
         rollout = rollout.select(kept) + draw_next(run, rows, missing, progress)
+        # Anew, since the whole rollout may be what rewards are scaled by.
         compare(run, rollout, rollout.rewards, G)
     rollout.metrics["draws"] = progress.draws - draws
     rollout.metrics["drawn_completions"] = G * (progress.prompts - prompts)
@@ -428,6 +430,7 @@ def share_out(run: Run, batch: Batch) -> Step:
     micro-batches, perhaps empty ones: with ZeRO-3 its forward passes are part of the others'.
     """
     args, world = run.args, run.world
+    # Completions without a gradient, often more than half, cost no pass.
     useful = grpo.has_gradient(batch.advantages, args, batch.truncated)  # (N,)
     trained = useful.nonzero().flatten().tolist()
     lengths = [len(ids) for ids in batch.completion_ids]
@@ -436,6 +439,7 @@ def share_out(run: Run, batch: Batch) -> Step:
     micro_batches = [batch.select(part) for part in parts]
     for micro in micro_batches:
         micro.advantages = micro.advantages.to(world.device)
+    # What sums are divided by counts all N: those of other ranks, and those left out here.
     normalizers = grpo.Normalizers(
         completions=len(batch.completions),
         tokens=batch.tokens_that_count(args.overlong_filter),
@@ -451,6 +455,7 @@ def split_evenly(items: list[int], lengths: list[int], parts: int) -> list[list[
     cut: list[list[int]] = [[] for _ in range(parts)]
     before = 0  # the length of all items in front
     for item in items:
+        # The part in which its middle lies.
         middle = before + lengths[item] / 2
         cut[int(middle * parts / whole)].append(item)
         before += lengths[item]
@@ -460,6 +465,7 @@ def split_evenly(items: list[int], lengths: list[int], parts: int) -> list[list[
 def logps_of(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> tuple[Tensor, ...]:
     """Log-probabilities, entropies and mask of a micro-batch, each (B, T), or (1, 1) for none."""
     function = (quick(args) or grpo).completion_logps
+    # An empty micro-batch passes one token, for with ZeRO-3 all ranks have to take part.
     prompt_ids = micro.prompt_ids or [[0]]
     completion_ids = micro.completion_ids or [[0]]
     return dist.forward(function, model, prompt_ids, completion_ids, args.temperature)
@@ -489,6 +495,7 @@ def take_off_kl(run: Run, policy, reference, batch: Batch) -> None:
     lengths = [len(ids) for ids in batch.completion_ids]
     own = list(run.world.part_of(N))
     passes = math.ceil(N / (run.world.size * args.per_device_train_batch_size))
+    # The completion's log π/π_ref is the sum over its tokens.
     sums = []
     parts = split_evenly(own, lengths, passes)  # as many on every rank
     for part in display.counted("compare", parts):
@@ -531,6 +538,7 @@ def importance_of(args: argparse.Namespace, micro: Batch, mask: Tensor) -> Tenso
     """What corrects for a sampler that is not quite the trainer's own model, (B, T); else None."""
     if args.rollout_importance_sampling_mode == "off":
         return None
+    # The sampler told the log-probabilities with which it drew.
     rows = [torch.tensor(completion.logps) for completion in micro.completions]
     sampler_logps = pad_sequence(rows, batch_first=True).to(micro.old_logps.device)
     return grpo.importance_weights(micro.old_logps, sampler_logps, mask, args)

@@ -17,7 +17,10 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     readers.py      jsonl, json, csv, parquet, the hub
     plugins.py      rewards in files of your own
     answers.py      what counts as an equal answer
+    alphabet.py     signs of many scripts and typesetters become one alphabet
+    choices.py      letters of options, bases, words
     notation.py     many ways of writing an answer become one
+    numerals.py     a number in words, in digits
     quantities.py   numbers with units, read exactly
     units.py        what a number counts, and amounts in two units
     hedges.py       `at least 18` states no number

@@ -37,8 +37,8 @@ from pathlib import Path
 from data import UsageError
 from rewards import CRASH, TIMEOUT, RewardError
 from run import jail, stop
+from run.alphabet import cleaned
 from run.answers import quick_verdict, verdict
-from run.notation import cleaned
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20

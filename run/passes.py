@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rewards import final_answer
+from run.alphabet import cleaned
 from run.answers import typed
-from run.notation import cleaned
 from run.quantities import decimal
 
 Z95 = 1.959964  # of a normal distribution, 95 % lie within so many standard deviations

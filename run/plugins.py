@@ -173,10 +173,8 @@ class CheckedRewards(Rewards):
         """
         clash = TAKEN.intersection(columns)
         if clash:
-            problem = (
-                f"rename its column {min(clash)}; rewards are handed something else by this name"
-            )
-            raise UsageError(f"{given}: {problem}")
+            reason = "rewards are handed something else by this name"
+            raise UsageError(f"{given}: rename its column {min(clash)}; {reason}")
         for reward, function in zip(self.names, self.functions):
             name = name_of_completions(function)
             if name in columns:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from run.notation import NAMES
+from run.alphabet import NAMES
 
 CURRENCIES = {"$": "dollar", "US$": "dollar", "USD": "dollar", "€": "euro", "EUR": "euro"}
 CURRENCIES |= {"Rs.": "rupee", "Rs": "rupee", "₹": "rupee", "INR": "rupee"}

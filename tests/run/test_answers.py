@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rewards import RIGHT, UNREADABLE, WRONG, Accuracy
+from run.alphabet import cleaned
 from run.answers import quick_verdict, stated, typed, verdict
-from run.notation import cleaned
 from run.quantities import decimal
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures/rewards"

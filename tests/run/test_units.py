@@ -5,8 +5,8 @@ from itertools import permutations
 import pytest
 
 from rewards import RIGHT
+from run.alphabet import cleaned
 from run.answers import quick_verdict, verdict
-from run.notation import cleaned
 
 
 def is_right(answer: str, reference: str) -> bool:
