@@ -115,17 +115,22 @@ def interface_to(host: str) -> str | None:
 def listen(host: str, size: int, port: int = 0) -> socket.socket:
     """A server at this machine's address `host` for so many processes. port: 0 takes a free one.
 
-    A name that stands for loopback here may be known by another address elsewhere, so ranks of
-    several machines are then heard on all of them.
+    A name that stands for loopback here may be known by another address elsewhere, and an address
+    that is not this machine's may be one that forwards to it. Then it is heard on all it has.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     is_name = host not in LOOPBACK
     is_loopback = ipaddress.ip_address(address[0]).is_loopback
-    if is_name and is_loopback and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < size:
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        return socket.create_server(("", port), family=family, backlog=size, dualstack_ipv6=dual)
-    return socket.create_server(address[:2], family=family, backlog=size)
+    spans_machines = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < size
+    if not (is_name and is_loopback and spans_machines):
+        try:
+            return socket.create_server(address[:2], family=family, backlog=size)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=size, dualstack_ipv6=dual)
 
 
 def read_line(connection: socket.socket, seconds: float, most: int) -> str:

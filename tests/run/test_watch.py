@@ -194,6 +194,11 @@ def test_a_name_that_is_loopback_here_alone_is_heard_on_all_addresses(monkeypatc
         assert server.getsockname()[0] == "127.0.1.1"
 
 
+def test_an_address_that_forwards_to_this_machine_is_heard_on_all_of_its_own():
+    with watch.listen("192.0.2.1", 2) as server:  # nobody's: RFC 5737
+        assert server.getsockname()[0] in ("::", "0.0.0.0")
+
+
 def test_what_another_says_reaches_no_terminal_as_commands():
     said = "lost rank 1 on \x1b]0;owned\x07\x1b[2J\u202ehost\n"
     shown = watch.harmless(said, keep="")
