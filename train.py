@@ -136,7 +136,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         log.warn(world, line)
     inputs.rewards.max_steps = max_steps
     journal = log.Log(args, world, max_steps, steps_per_epoch, progress, facts)
-    recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells)
+    recorder = tokens.Recorder(run, partial(frozen_logps, args, policy), journal.tells_tokens)
     if args.eval_on_start and progress.step == 0:
         evaluate(run, inputs.val_rows, 0, journal)
 

@@ -2,12 +2,14 @@
 
     python bench/faults.py --faults 30          a table, and bench/faults.json
     python bench/faults.py --faults 100 --seed 7
+    python bench/faults.py --faults 14 --engine     with a real vLLM as the sampler, the engine a victim
 
 One run of two processes, with a tiny model, is broken again and again, and goes on each time with
 `--resume_from_checkpoint true` in the same folder. In the end a run of as many steps that nothing
 has broken says what each step should have told. A fault is a victim, what happens to it, and when:
 
-    victims    rank 0, rank 1, the launcher (which stands for torchrun), a judge, its worker, files
+    victims    rank 0, rank 1, the launcher (which stands for torchrun), a judge, its worker, files,
+               the engine and what it has started
     moments    while the run starts, in a step, in a save
 
 Counted are processes left 15 s after the end, runs that did not end, checkpoints that are not
@@ -68,6 +70,13 @@ FAULTS = (
     + [("start", "TERM"), ("disk", "full"), ("checkpoint", "truncated")]
     + [("checkpoint", "garbled"), ("checkpoint", "not finite"), ("metrics", "cut")]
 )
+
+WITH_ENGINE = [("engine", what) for what in ("KILL", "STOP", "TERM", "INT")]
+WITH_ENGINE += [("engine's child", "KILL"), ("rank 0", "KILL"), ("rank 1", "KILL")]
+WITH_ENGINE += [("launcher", "KILL"), ("launcher", "TERM"), ("rank 0 in a save", "KILL")]
+# Sizes that vLLM's kernels take.
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+SIZES["max_position_embeddings"] = 8192
 
 
 # A run, and what there is of it -------------------------------------------------------------------
@@ -133,7 +142,12 @@ class Trial:
         ranks = self.below(self.launcher)
         if victim.startswith("rank"):
             return ranks[int(victim[5])] if len(ranks) == 2 else None
-        judges = [pid for rank in ranks for pid in self.below(rank)]
+        below = [pid for rank in ranks for pid in self.below(rank)]
+        engines = [pid for pid in below if is_engine(pid)]
+        if victim.startswith("engine"):
+            found = engines if victim == "engine" else [p for e in engines for p in self.below(e)]
+            return random.choice(found) if found else None
+        judges = [pid for pid in below if pid not in engines]
         if victim == "judge":
             return random.choice(judges) if judges else None
         workers = [pid for judge in judges for pid in self.below(judge)]
@@ -153,6 +167,12 @@ class Trial:
 def is_alive(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def is_engine(pid: int) -> bool:
+    with suppress(OSError):
+        return b"run.engine" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
@@ -243,30 +263,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", action="store_true", help="sample with vLLM")
     parser.add_argument("--minutes", type=float, default=600, help="no new fault after so many")
     options = parser.parse_args()
     random.seed(options.seed)
     until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as place:
-        rows, counts = break_it(options.faults, until, Path(place))
+        rows, counts = break_it(options.faults, until, Path(place), options.engine)
     result = {"seed": options.seed, "faults": len(rows), **counts, "rows": rows}
-    (ROOT / "bench" / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = "faults-engine.json" if options.engine else "faults.json"
+    (ROOT / "bench" / name).write_text(json.dumps(result, indent=1) + "\n")
     print()
     for name, value in result.items():
         if name != "rows":
             print(f"{name:32} {value}")
 
 
-def break_it(faults: int, until: float, place: Path) -> tuple[list[dict], dict]:
+def break_it(faults: int, until: float, place: Path, engine: bool) -> tuple[list[dict], dict]:
     """Break one run so often → a row a fault, and what was counted in all."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     model, reward, out = place / "model", place / "vowels.py", place / "out"
-    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(model)
+    sizes = SIZES if engine else {}
+    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes).save_pretrained(model)
     tokenizer.save_pretrained(model)
     reward.write_text(REWARD)
     settings = {"reward_funcs": "vowels", "per_device_train_batch_size": 8, "beta": 0.0}
     settings |= {"deepspeed": "zero2", "lr_scheduler_type": "constant", "node_timeout": 2}
     settings |= {"save_steps": 2, "save_total_limit": 3, "max_steps": 1_000_000}
+    if engine:
+        settings |= {"use_vllm": "true", "vllm_timeout": 15, "vllm_max_model_len": 256}
 
     def words(target, *more) -> list[str]:
         return [str(word) for word in (*flags_for(model, reward, target, **settings), *more)]
@@ -275,7 +300,8 @@ def break_it(faults: int, until: float, place: Path) -> tuple[list[dict], dict]:
     for number in range(faults):
         if time.monotonic() > until:
             break
-        deck = deck or random.sample(FAULTS, len(FAULTS))
+        faults_there = WITH_ENGINE if engine else FAULTS
+        deck = deck or random.sample(faults_there, len(faults_there))
         victim, what = deck.pop()
         newest, _ = folder.newest_whole(out)
         expected = folder.checkpoint_step(newest) if newest else 0

@@ -34,6 +34,7 @@ class Options:
     ] = 1
     log_completions: Annotated[bool, "write completions.jsonl, and a W&B table"] = False
     log_tokens: Annotated[int, "groups a logged step to write tokens.jsonl of", "from 0"] = 0
+    log_tokens_steps: Annotated[int | None, "of every so many steps instead", "from 1"] = None
     report_to: Annotated[
         list[Literal["none", "tensorboard", "wandb", "trackio"]], "besides metrics.jsonl"
     ] = ("none",)
@@ -180,6 +181,7 @@ class Log:
         self.metrics_file = Lines(self.folder / "metrics.jsonl")
         self.completions_file = Lines(self.folder / "completions.jsonl")
         self.every, self.tells_completions = args.logging_steps, args.log_completions
+        self.every_tokens = args.log_tokens_steps
         self.max_steps, self.steps_per_epoch = max_steps, steps_per_epoch
         self.reports, self.held_out = [], []
         self.device, self.tokens_told = world.device, progress.num_tokens
@@ -215,6 +217,12 @@ class Log:
     def tells(self, step: int) -> bool:
         """Whether a step has a line in metrics.jsonl."""
         return step == 1 or step % self.every == 0 or step == self.max_steps
+
+    def tells_tokens(self, step: int) -> bool:
+        """Whether tokens.jsonl is to tell of it."""
+        if self.every_tokens is None:
+            return self.tells(step)
+        return step == 1 or step % self.every_tokens == 0
 
     def step(self, progress, learning_rate: float, metrics: dict[str, float]) -> None:
         """A step is done. metrics: what is told as a mean over the steps of a line."""

@@ -1,6 +1,7 @@
 """What a step did to each token: tokens.jsonl, with --log_tokens N.
 
-A logged step tells of the first N groups that it trained on, one line a group:
+A logged step, or with --log_tokens_steps each so many-th, tells of the first N groups that it trained
+on, one line a group:
 
     {"step": 12, "drawn": 11, "prompt": "…", "solution": "43", "completions": [
       {"index": 4, "rewards": {"accuracy": 1.0}, "advantage": 0.87, "length": 23, "finished": true,
@@ -40,7 +41,7 @@ class Recorder:
     trained on a part of a group, and rank 0 writes.
 
     run: train.Run. frozen_logps: (micro-batch) → log-probabilities (B, T) of the policy as it is.
-    tells: (step) → whether it is logged.
+    tells: (step) → whether it is to be recorded.
     """
 
     def __init__(self, run, frozen_logps: Callable, tells: Callable):

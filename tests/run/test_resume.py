@@ -22,7 +22,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plug
         "logging_steps": 3,
         "save_steps": 4,
     }
-    changes |= {"log_completions": "true", "log_tokens": 1, "eval_steps": 4}
+    changes |= {"log_completions": "true", "log_tokens": 1, "log_tokens_steps": 5, "eval_steps": 4}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train_here(*flags_for(model_folder, plugin, straight, **changes))
     shutil.copytree(straight, stopped)
@@ -42,6 +42,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plug
     told = [(folder / "completions.jsonl").read_text() for folder in (stopped, straight)]
     assert told[0] == told[1]
     assert token_records(stopped) == token_records(straight)
+    assert {record["step"] for record in token_records(stopped)} == {1, 5}
     for name, value in checkpoint_weights(straight / "checkpoint-8").items():
         assert torch.equal(checkpoint_weights(stopped / "checkpoint-8")[name], value)
 
