@@ -11,6 +11,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     checks.py       what can be wrong is found before a model is loaded; ranks agree
     machine.py      what this machine has room for
     templates.py    what a chat template opens of an answer
+    download.py     a model of the hub, with its bytes told
     models.py       what a model's configuration tells: whether it can be trained here
     scorer.py       the same of a reward model
     health.py       a run that cannot learn says so

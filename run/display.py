@@ -25,6 +25,7 @@ SAMPLES = 20.0  # seconds between two sample tables
 ROWS = 4  # completions of one
 TOKENS = " {:,} of {:,} tokens, {} of {} going"
 GROUPS = " {} of {} prompts answered"
+BYTES = " {:,.1f} of {:,.1f} MB"
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 40  # characters of the rewards' curve
 
@@ -277,6 +278,11 @@ def report(tokens: int, longest: int, going: int, rows: int) -> None:
 def report_groups(done: int, total: int) -> None:
     """The same of vLLM, which tells it each second."""
     screen.drawn = GROUPS, (done, total)
+
+
+def report_bytes(done: int, total: int) -> None:
+    """How far a download is. total: of the files that have begun."""
+    screen.drawn = BYTES, (done / 1e6, total / 1e6)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dist
-from run import adapters, checks, display, log, machine, models, placement
+from run import adapters, checks, display, download, log, machine, models, placement
 from sampler import ModelSampler, Sampler, VLLMSampler
 
 
@@ -34,6 +34,8 @@ class ModelOptions:
 def load_policy(args: argparse.Namespace, world: dist.World, fast):
     """The policy, and the reference that the KL term compares it with: None when β is 0, the policy
     itself for LoRA, since without its adapters it is the base, a second model for full training."""
+    for name in filter(None, (args.model, args.reward_model)):
+        download.fetch(world, name)
     torch.manual_seed(args.seed)  # LoRA's A matrices, the same on every rank
     policy, parts = load_model(args, world, fast)
     log.say(world, f"fast parts: {', '.join(parts)}")

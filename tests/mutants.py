@@ -152,7 +152,7 @@ class Trace:
         self.test, self.seen = nodeid, set()
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call":
+        if report.when == "call" and report.passed:
             self._write({"test": report.nodeid, "seconds": report.duration})
 
     def calls(self, frame, event, argument):
