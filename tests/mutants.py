@@ -5,7 +5,7 @@
 
 A run that was stopped goes on in its --folder. First every test runs once, and each line of the seven that it reaches is written down, in its forked
 processes too. Then each mutant meets the tests that reach its line, the quickest first, until one
-fails or `--seconds` are used up. A test that knows a file by its text proves nothing, so those that
+fails or `--seconds` are used up, those of its own test file before the others. A test that knows a file by its text proves nothing, so those that
 do are left out; so are tests that take a minute or more, such as those with a real vLLM.
 
 What is changed: a comparison, an operator, a condition, a number, a boolean, min and max; a call for
@@ -28,6 +28,8 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SEVEN = ("train.py", "grpo.py", "rewards.py", "sampler.py", "lora.py", "dist.py", "data.py")
@@ -147,13 +149,23 @@ class Trace:
         self.file = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         self.names = {str(root / name): name for name in SEVEN}
         self.test, self.seen = "", set()
+        self.fixtures: dict[str, float] = {}  # seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        started = time.monotonic()
+        try:
+            return (yield)
+        finally:
+            self.fixtures[fixturedef.argname] = time.monotonic() - started
 
     def pytest_runtest_logstart(self, nodeid):
         self.test, self.seen = nodeid, set()
 
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" and report.passed:
-            self._write({"test": report.nodeid, "seconds": report.duration})
+    def pytest_runtest_makereport(self, item, call):
+        if call.when == "call" and call.excinfo is None:
+            before = sum(self.fixtures.get(name, 0.0) for name in item.fixturenames)
+            self._write({"test": item.nodeid, "seconds": call.duration + before})
 
     def calls(self, frame, event, argument):
         if frame.f_code.co_filename in self.names:
@@ -174,8 +186,6 @@ class Trace:
 def trace(root: Path, file: Path, part: int, parts: int) -> None:
     """Run a part of the test files, in this process."""
     import threading
-
-    import pytest
 
     files = [str(path) for path in sorted((root / "tests").glob("**/test_*.py"))]
     files = [path for path in files if not path.endswith(LEFT_OUT)][part::parts]
@@ -224,8 +234,6 @@ def run_tests(root: Path, tests: list[str], seconds: dict[str, float]) -> int:
             os.dup2(silence, number)
         os.chdir(root)
         sys.path[:0] = [str(root), str(root / "tests")]
-        import pytest
-
         words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(root)]
         os._exit(pytest.main([*words, *tests], plugins=[Quickest(seconds)]))
     return child
@@ -250,31 +258,39 @@ def judge(mutant: Mutant, root: Path, reach: dict, seconds: dict, limit: float) 
     """What the tests say of a mutant, which stands in its copy of the project meanwhile."""
     own = f"tests/test_{mutant.file}"
     tests = reach.get((mutant.file, mutant.line), set()) & seconds.keys()
-    tests = sorted(tests, key=lambda test: (not test.startswith(own), seconds[test]))
     if not tests:  # reached when the file is imported, if at all
-        tests = [test for test in ("tests/run/test_flags.py", own) if (ROOT / test).exists()]
-    chosen, total = [], 0.0
-    for test in tests:
-        total += seconds.get(test, 0.0)
-        if total > limit and chosen:
-            break
-        chosen.append(test)
-    file = root / mutant.file
+        tests = {test for test in seconds if test.startswith((own, "tests/run/test_flags.py"))}
+    tests = sorted(tests, key=lambda test: (not test.startswith(own), seconds[test]))
+    parts = [[test for test in tests if test.startswith(own)]]  # first those of its own file
+    parts.append(within(tests[len(parts[0]) :], seconds, limit))
+    file, started, status = root / mutant.file, time.monotonic(), 0
     source = file.read_bytes()
     file.write_bytes(mutant.apply(source))
-    started = time.monotonic()
-    try:
-        status = wait(run_tests(root, chosen, seconds), 60 + 4 * limit)
-    finally:
-        file.write_bytes(source)
+    for part in filter(None, parts):
+        patience = 20 + 3 * sum(seconds[test] for test in part)
+        status = wait(run_tests(root, part, seconds), patience)
+        if status != 0:
+            break
+    file.write_bytes(source)
     return {
         "mutant": mutant.told(source),
         "killed": status != 0,
         "by": {0: "", None: "time"}.get(status, "a test"),
-        "tests": len(chosen),
+        "tests": sum(map(len, parts)),
         "of": len(tests),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def within(tests: list[str], seconds: dict[str, float], limit: float) -> list[str]:
+    """The first of them, as many as take so many seconds."""
+    chosen, total = [], 0.0
+    for test in tests:
+        total += seconds[test]
+        if total > limit:
+            break
+        chosen.append(test)
+    return chosen
 
 
 # All of them --------------------------------------------------------------------------------------
@@ -305,7 +321,6 @@ def work(options) -> None:
         if options.trace:
             trace(root, traces[place], place, options.workers)
             return
-        import pytest  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401

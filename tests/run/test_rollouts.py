@@ -97,6 +97,7 @@ def test_where_nothing_differs_the_tries_end_and_the_run_says_so(model_folder, c
     said = train_here(*flags_for(model_folder, coin, tmp_path, **changes))
     lines = read_metrics(tmp_path)
     assert [line["draws"] for line in lines] == [3] * 5
+    assert [line["drawn_completions"] for line in lines] == [3 * 16] * 5
     assert [line["zero_std_groups"] for line in lines] == [1] * 5
     assert "zero_std_groups is 100%" in said
 
