@@ -3,9 +3,10 @@
     python tests/mutants.py --mutants 400          a table of what survived, and bench/mutants.json
     python tests/mutants.py --files grpo.py lora.py --mutants 100 --seed 7
 
-A run that was stopped goes on in its --folder. First every test runs once, and each line of the seven that it reaches is written down, in its forked
-processes too. Then each mutant meets the tests that reach its line, the quickest first, until one
-fails or `--seconds` are used up, those of its own test file before the others. A test that knows a file by its text proves nothing, so those that
+First every test runs once, and each line of the seven that it reaches is written down, in its forked
+processes too. Then each mutant meets the tests of its own file, and of the others those that reach
+its line, the quickest first, until one fails or `--seconds` of the others are used up. Started again
+in the same --folder, survivors are tried anew and all others are kept. A test that knows a file by its text proves nothing, so those that
 do are left out; so are tests that take a minute or more, such as those with a real vLLM.
 
 What is changed: a comparison, an operator, a condition, a number, a boolean, min and max; a call for
@@ -28,6 +29,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -35,6 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SEVEN = ("train.py", "grpo.py", "rewards.py", "sampler.py", "lora.py", "dist.py", "data.py")
 # They compare text, draw pictures of it, or take minutes.
 LEFT_OUT = tuple(f"test_{name}.py" for name in ("layout", "fingerprint", "draw", "vllm"))
+# Whole, and first.
+OWN = {f"{name}.py": (f"tests/test_{name}.py",) for name in ("rewards", "sampler", "lora", "data")}
+OWN["grpo.py"] = ("tests/test_grpo.py", "tests/test_family.py")
+OWN["dist.py"] = ("tests/test_dist.py", "tests/test_zero2.py", "tests/test_zero3.py")
+OWN["train.py"] = ("tests/run/test_rollouts.py", "tests/run/test_flags.py")
 SAID = {"warn", "print", "UsageError", "exit", "phase"}  # calls whose words are for people
 
 
@@ -57,6 +64,10 @@ class Mutant:
     start: int  # in the file's bytes
     end: int
     new: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.file}:{self.start}:{self.new}"
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.new.encode() + source[self.end :]
@@ -161,6 +172,7 @@ class Trace:
 
     def pytest_runtest_logstart(self, nodeid):
         self.test, self.seen = nodeid, set()
+        sys.settrace(self.calls)  # again, for what traces a test ends this
 
     def pytest_runtest_makereport(self, item, call):
         if call.when == "call" and call.excinfo is None:
@@ -256,28 +268,26 @@ def wait(child: int, limit: float) -> int | None:
 
 def judge(mutant: Mutant, root: Path, reach: dict, seconds: dict, limit: float) -> dict:
     """What the tests say of a mutant, which stands in its copy of the project meanwhile."""
-    own = f"tests/test_{mutant.file}"
-    tests = reach.get((mutant.file, mutant.line), set()) & seconds.keys()
-    if not tests:  # reached when the file is imported, if at all
-        tests = {test for test in seconds if test.startswith((own, "tests/run/test_flags.py"))}
-    tests = sorted(tests, key=lambda test: (not test.startswith(own), seconds[test]))
-    parts = [[test for test in tests if test.startswith(own)]]  # first those of its own file
-    parts.append(within(tests[len(parts[0]) :], seconds, limit))
+    own = {test for test in seconds if test.startswith(OWN[mutant.file])}
+    others = reach.get((mutant.file, mutant.line), set()) & seconds.keys() - own
+    parts = [sorted(own, key=seconds.get), sorted(others, key=seconds.get)]
+    tried = [parts[0], within(parts[1], seconds, limit)]
     file, started, status = root / mutant.file, time.monotonic(), 0
     source = file.read_bytes()
     file.write_bytes(mutant.apply(source))
-    for part in filter(None, parts):
+    for part in filter(None, tried):
         patience = 20 + 3 * sum(seconds[test] for test in part)
         status = wait(run_tests(root, part, seconds), patience)
         if status != 0:
             break
     file.write_bytes(source)
     return {
+        "key": mutant.key,
         "mutant": mutant.told(source),
         "killed": status != 0,
         "by": {0: "", None: "time"}.get(status, "a test"),
-        "tests": sum(map(len, parts)),
-        "of": len(tests),
+        "tests": sum(map(len, tried)),
+        "of": sum(map(len, parts)),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -325,14 +335,19 @@ def work(options) -> None:
         import transformers  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
+        with mock.patch("trl.import_utils.is_vllm_available", return_value=False):
+            from trl import GRPOTrainer  # noqa: F401
+
         reach, seconds = read_traces(traces)
         seconds = {test: took for test, took in seconds.items() if took < 60}
         out = folder / f"judged-{place}"
-        done = len(out.read_text().splitlines()) if out.exists() else 0
-        for mutant in drawn(options)[place :: options.workers][done:]:
-            verdict = judge(mutant, root, reach, seconds, options.seconds)
-            with out.open("a") as file:
-                file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
+        lines = out.read_text().splitlines() if out.exists() else []
+        killed = {verdict["key"] for verdict in map(json.loads, lines) if verdict["killed"]}
+        for mutant in drawn(options)[place :: options.workers]:
+            if mutant.key not in killed:
+                verdict = judge(mutant, root, reach, seconds, options.seconds)
+                with out.open("a") as file:
+                    file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
 
 
 def drawn(options) -> list[Mutant]:
@@ -351,10 +366,11 @@ def main() -> None:
     if not all((options.folder / f"trace-{i}").exists() for i in range(options.workers)):
         in_workers(options, "--trace")
     in_workers(options)
-    verdicts = []
+    verdicts = {}  # the last of each
     for file in options.folder.glob("judged-*"):
-        verdicts += map(json.loads, file.read_text().splitlines())
-    report(verdicts, options)
+        for verdict in map(json.loads, file.read_text().splitlines()):
+            verdicts[verdict["key"]] = verdict
+    report(list(verdicts.values()), options)
 
 
 def in_workers(options, *more: str) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,6 +113,30 @@ def test_each_recipe_runs(script, model_folder, tmp_path):
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_first_steps_on_gsm8k_run(model_folder, tmp_path):
+    """The rows as they come, a worked example in front of each, and the script's flags."""
+    question = "A robe takes 2 bolts of blue fiber and half that much white. How many in total?"
+    answer = "It takes 2/2=<<2/2=1>>1 bolt of white. 2+1=<<2+1=3>>3\n#### 3"
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(json.dumps({"question": question, "answer": answer}) + "\n")
+    program, prepared = ROOT / "examples" / "gsm8k.py", tmp_path / "prepared.jsonl"
+    subprocess.run([sys.executable, program, rows, prepared], check=True)
+    (row,) = map(json.loads, prepared.read_text().splitlines())
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "user"]
+    assert row["messages"][2]["content"] == question
+
+    words = guide_flags("gsm8k.sh")[:-1]  # without "$@"
+    sizes = {"dataset": prepared, "model": model_folder, "output_dir": tmp_path / "out"}
+    words = swapped(words, **sizes, max_steps=2, max_completion_length=8)
+    train_here(*words)
+    lines = read_metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["rewards/accuracy/unparseable_references"] == 0
+    missing = subprocess.run([sys.executable, program, "no.jsonl", prepared], capture_output=True)
+    (line,) = missing.stderr.decode().splitlines()
+    assert missing.returncode == 1 and line.startswith("--dataset no.jsonl: no such file")
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,28 @@ def test_flags_types_and_defaults_are_those_of_the_version_before():
     assert {name: now[name] for name in before} == before
 
 
+# What ms-swift 4.6 has, and its sources the papers.
+FAMILY = {"advantage_estimator": "grpo", "loss_type": "grpo", "importance_sampling_level": "token"}
+FAMILY |= {"scale_rewards": None, "epsilon_high": None, "delta": None, "tau_pos": 1.0}
+FAMILY |= {"tau_neg": 1.05, "kl_in_reward": False, "kl_unbiased": False, "entropy_coef": 0.0}
+FAMILY |= {"top_entropy_quantile": 1.0, "off_policy_sequence_mask_delta": None}
+FAMILY |= {"overlong_filter": False, "dynamic_sample": False, "max_resample_times": 3}
+FAMILY |= {"steps_per_generation": None, "generation_batch_size": None}
+FAMILY |= {"rollout_importance_sampling_mode": "off", "rollout_importance_sampling_threshold": 2.0}
+FAMILY |= {"sync_ref_model": False, "ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6}
+FAMILY |= {"soft_max_length": 512, "soft_cache_length": 102, "response_prefix": ""}
+FAMILY |= {"trust_remote_code": False, "plain": False, "log_tokens": 0, "log_tokens_steps": None}
+
+
+def test_without_flags_the_objective_is_the_papers():
+    now = vars(flags.parse_args(["--dataset", "x"]))
+    assert {name: now[name] for name in FAMILY} == FAMILY
+    estimators = {"rloo": True, "reinforce_plus_plus": True}
+    for name, in_reward in estimators.items():
+        args = flags.parse_args(["--dataset", "x", "--advantage_estimator", name])
+        assert args.kl_in_reward is in_reward
+
+
 def test_what_is_typed_wins_over_the_file_and_the_file_over_the_default(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("dataset: [a, b]\nlearning_rate: 3e-4\nbeta: 0\nuse_vllm: true\nmax_steps:\n")
