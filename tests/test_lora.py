@@ -155,6 +155,17 @@ def test_a_merged_model_equals_the_adapted_one(architecture):
     torch.testing.assert_close(whole(IDS).logits, before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_folded_into_the_weights_it_is_a_plain_frozen_model(architecture):
+    model = adapted(architecture)
+    before = model(IDS).logits
+    assert lora.merge(model) is model
+    assert not list(lora.layers(model)) and not any(p.requires_grad for p in model.parameters())
+    plain = {name: value.shape for name, value in tiny_model(architecture).state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == plain
+    torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=1e-5)
+
+
 def test_without_adapters_the_model_is_its_base_bit_for_bit():
     model = adapted()
     with lora.disabled(model):
