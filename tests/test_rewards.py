@@ -213,6 +213,30 @@ def test_cosine_takes_its_parameters():
     assert [row[0] for row in rows] == pytest.approx([4, -3, 2, -1])
 
 
+def punishment(length: int, longest: int, cache: int) -> float:
+    """DAPO (arXiv 2503.14476), equation 13, case by case."""
+    if length <= longest - cache:
+        return 0.0
+    if length <= longest:
+        return (longest - cache - length) / cache
+    return -1.0
+
+
+@pytest.mark.parametrize(
+    "flags, longest, cache",
+    [
+        ({"soft_max_length": 100, "soft_cache_length": 30, "max_completion_length": 512}, 100, 30),
+        ({"max_completion_length": 50}, 50, 10),
+        ({"soft_max_length": 3, "max_completion_length": 50}, 3, 1),
+    ],
+)
+def test_soft_overlong_is_dapos_punishment_at_every_length(flags, longest, cache):
+    lengths = range(1, 2 * longest)
+    ids = [[0] * length for length in lengths]
+    ours = values_of("soft_overlong", ["any"] * len(ids), ids, **flags)
+    assert ours == pytest.approx([punishment(length, longest, cache) for length in lengths])
+
+
 def test_repetition_equals_ms_swift(peers):
     rows, values = peers
     ours = values_of("repetition", [row["completion"] for row in rows])
