@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 2 train.py \
     --torch_dtype float32 \
     --dataset output/gsm8k.jsonl \
     --split_dataset_ratio 0 \
+    --response_prefix '<think>' \
     --external_plugins examples/train/grpo/plugin/close.py \
     --reward_funcs accuracy format close \
     --reward_weights 1 0.5 1 \
@@ -19,7 +20,7 @@ torchrun --standalone --nproc_per_node 2 train.py \
     --num_generations 8 \
     --per_device_train_batch_size 16 \
     --max_completion_length 48 \
-    --temperature 1.0 \
+    --temperature 0.9 \
     --max_steps 20 \
     --log_completions true \
     --output_dir output/gsm8k "$@"

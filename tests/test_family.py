@@ -372,6 +372,16 @@ def test_leaving_out_cut_completions_leaves_their_rewards_in_the_group():
     assert any(step.truncated) and not moved[torch.tensor(step.truncated)].any()
 
 
+def test_the_off_policy_mask_leaves_out_bad_completions_alone():
+    """A group that earns all the same is neither good nor bad: the reference still holds it."""
+    step = Step()
+    options = make({"off_policy_sequence_mask_delta": -10.0, "beta": 0.04})  # all have moved enough
+    advantages = our_advantages(step, options)
+    assert advantages[-G:].tolist() == [0] * G
+    _, metrics = our_loss(step, options)
+    assert metrics["off_policy_masked"] == pytest.approx((advantages < 0).sum().item() / N)
+
+
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
 def test_the_threshold_leaves_as_many_tokens_as_trls_quantile(share):
     entropies = torch.rand(101, generator=torch.Generator().manual_seed(0))

@@ -116,7 +116,7 @@ def test_each_recipe_runs(script, model_folder, tmp_path):
 
 
 def test_first_steps_on_gsm8k_run(model_folder, tmp_path):
-    """The rows as they come, a worked example in front of each, and the script's flags."""
+    """The rows as they come, worked examples in front of each, and the script's flags."""
     question = "A robe takes 2 bolts of blue fiber and half that much white. How many in total?"
     answer = "It takes 2/2=<<2/2=1>>1 bolt of white. 2+1=<<2+1=3>>3\n#### 3"
     rows = tmp_path / "train.jsonl"
@@ -124,8 +124,8 @@ def test_first_steps_on_gsm8k_run(model_folder, tmp_path):
     program, prepared = ROOT / "examples" / "gsm8k.py", tmp_path / "prepared.jsonl"
     subprocess.run([sys.executable, program, rows, prepared], check=True)
     (row,) = map(json.loads, prepared.read_text().splitlines())
-    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant", "user"]
-    assert row["messages"][2]["content"] == question
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2 + ["user"]
+    assert row["messages"][4]["content"] == question and row["solution"] == "3"
 
     words = guide_flags("gsm8k.sh")[:-1]  # without "$@"
     sizes = {"dataset": prepared, "model": model_folder, "output_dir": tmp_path / "out"}

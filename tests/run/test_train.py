@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import math
 import random
 import re
 import sys
@@ -88,6 +89,10 @@ def test_metrics_and_completions_are_those_of_the_spec(model_folder, plugin, tmp
             2 * line["rewards/vowels"] + 0.5 * line["rewards/format"]
         )
         assert line["sampler/logp_diff"] < 1e-4
+        parts = [line[f"time/{part}"] for part in ("generate", "reward", "train")]
+        assert min(parts) >= 0 and sum(parts) <= line["time/step"]
+        decay = (1 + math.cos(math.pi * (line["step"] - 1) / 4)) / 2  # the default, of four steps
+        assert line["learning_rate"] == pytest.approx(1e-3 * decay)
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[3]["kl"] > 1e-6
     assert (
         lines[0]["reward"] == lines[1]["reward"] != lines[2]["reward"]
