@@ -51,7 +51,7 @@ DEMO = (
     "--learning_rate 3e-4 --lr_scheduler_type linear --weight_decay 0 --beta 0 "
     "--num_generations 4 --gradient_checkpointing false "
     "--temperature 1.0 --max_completion_length 32 --max_steps 140 --log_completions true "
-    "--log_tokens 2 "
+    "--log_tokens 2 --log_tokens_steps 10 "
     "--num_generations_eval 1 --eval_on_start true --eval_steps 28"
 )
 
