@@ -23,6 +23,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plug
         "save_steps": 4,
     }
     changes |= {"log_completions": "true", "log_tokens": 1, "log_tokens_steps": 5, "eval_steps": 4}
+    changes |= {"eval_on_start": "true"}  # which a resumed run does not do again
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train_here(*flags_for(model_folder, plugin, straight, **changes))
     shutil.copytree(straight, stopped)
@@ -39,6 +40,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(changes, model_folder, plug
                 assert one.pop(name) == pytest.approx(other.pop(name), rel=1e-2, abs=1e-6)
             assert one == other
     assert [line["step"] for line in read_metrics(stopped)] == [1, 3, 6, 8]
+    assert [line["step"] for line in read_metrics(stopped, evaluations=True)] == [0, 4, 8]
     told = [(folder / "completions.jsonl").read_text() for folder in (stopped, straight)]
     assert told[0] == told[1]
     assert token_records(stopped) == token_records(straight)

@@ -10,7 +10,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import flags_for, make_batch, read_metrics, timeless, tiny_model, train_here
+from conftest import (
+    FIRST_TOKENS,
+    flags_for,
+    make_batch,
+    read_metrics,
+    timeless,
+    tiny_model,
+    train_here,
+)
 from processes import forked, free_port, places, run_forked
 
 import data
@@ -100,6 +108,22 @@ def test_where_nothing_differs_the_tries_end_and_the_run_says_so(model_folder, c
     assert [line["drawn_completions"] for line in lines] == [3 * 16] * 5
     assert [line["zero_std_groups"] for line in lines] == [1] * 5
     assert "zero_std_groups is 100%" in said
+
+
+def test_micro_batches_without_completions_add_nothing(model_folder, coin, tmp_path):
+    """Half of the groups teach nothing, so that of eight micro-batches four or more are empty. In
+    their place a token passes, 0, which is no padding here: padding has no gradient anyway."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    sizes = {"vocab_size": FIRST_TOKENS, "tie_word_embeddings": True, "pad_token_id": 3}
+    tiny_model(**sizes).save_pretrained(model)
+    changes = DYNAMIC | {"dynamic_sample": "false", "num_generations": 2, "max_steps": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_here(*flags_for(model, coin, whole, **changes | {"per_device_train_batch_size": 8}))
+    changes |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    train_here(*flags_for(model, coin, parts, **changes))
+    assert max(line["zero_std_groups"] for line in read_metrics(whole)) >= 0.5
+    close(read_metrics(whole), read_metrics(parts))
 
 
 # Several steps a rollout --------------------------------------------------------------------------
