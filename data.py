@@ -62,6 +62,12 @@ class Options:
 # Where rows come from ---------------------------------------------------------------------------
 
 
+EXAMPLE = [
+    {"role": "user", "content": "What is 12 + 7?"},
+    {"role": "assistant", "content": "<think>12 + 7 = 19</think><answer>19</answer>"},
+]
+
+
 def arithmetic(test: bool = False) -> list[dict]:
     """Sums of two terms from 2 to 49: 256 fixed questions to test, all others to train.
 
@@ -78,14 +84,10 @@ def arithmetic(test: bool = False) -> list[dict]:
     else:
         trained = set(pairs) - set(tested)
         asked = [pair for pair in ordered if tuple(sorted(pair)) in trained]
-    example = [
-        {"role": "user", "content": "What is 12 + 7?"},
-        {"role": "assistant", "content": "<think>12 + 7 = 19</think><answer>19</answer>"},
-    ]
     rows = []
     for a, b in asked:
         question = {"role": "user", "content": f"What is {a} + {b}?"}
-        rows.append({"messages": [*example, question], "solution": str(a + b)})
+        rows.append({"messages": [*EXAMPLE, question], "solution": str(a + b)})
     return rows
 
 

@@ -127,11 +127,15 @@ def tensor_name(layer: str, part: str) -> str:
 
 def shapes_of(folder: str | Path) -> dict[str, list[int]]:
     """The shape of each tensor by its name there."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(Path(folder) / WEIGHTS, "np") as file:
-        names = list(file.keys())
-        return {name: list(file.get_slice(name).get_shape()) for name in names}
+    try:
+        with safe_open(Path(folder) / WEIGHTS, "np") as file:
+            names = list(file.keys())
+            return {name: list(file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        problem = f"{Path(folder) / WEIGHTS}: cannot be read ({error}); a whole checkpoint works"
+        raise UsageError(problem) from error
 
 
 def names_of(folder: str | Path) -> set[str]:

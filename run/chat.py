@@ -3,7 +3,8 @@
     python -m run.chat CHECKPOINT                     a conversation, until Ctrl-D or Ctrl-C
     echo 'What is 12 + 7?' | python -m run.chat …     a line is a turn; the answers come out alone
 
-Tokens are drawn as in training: the run's system prompt, template and temperature. On a terminal
+Tokens are drawn as in training: the run's system prompt, template and temperature, and the worked
+example of the built-in task. On a terminal
 what a model thinks, between <think> and </think>, is dim and stands apart. Control characters that
 it writes are shown as signs and not sent to the terminal, which would obey them.
 """
@@ -13,8 +14,8 @@ import re
 import sys
 from collections.abc import Iterator
 
-from data import BUILTINS, GUIDE_PROMPT, UsageError
-from run import flags, trained
+from data import BUILTINS, EXAMPLE, GUIDE_PROMPT, UsageError
+from run import console, flags, trained
 from run.console import harmless
 
 NAMES = trained.ASKING
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
         typed = trained.typed(parser, argv)
         checkpoint = trained.find(typed["checkpoint"])
         args = trained.flags_of(checkpoint, (*NAMES, "dataset"), typed)
+        trained.begin(checkpoint)
         chat(Model(args))
     except UsageError as error:
         flags.fail(str(error))
@@ -41,9 +43,14 @@ def chat(model: "Model") -> None:
     for question in screen.questions():
         turns.append({"role": "user", "content": question})
         answer = ""
-        for text in model.answer(turns):
-            answer += text
-            screen.show(text)
+        try:
+            for text in model.answer(turns):
+                answer += text
+                screen.show(text)
+        except UsageError as error:  # a turn that is too long: another may follow
+            turns.pop()
+            print(f"run.chat: {error}", file=sys.stderr, flush=True)
+            continue
         screen.end()
         turns.append({"role": "assistant", "content": answer})
 
@@ -63,9 +70,11 @@ class Model:
         tokenizer = models.load_tokenizer(args)
         self.args, self.context = args, models.context_of(config)
         self.template = models.template_of(args)
-        self.system = readers.read_system(args.system)
-        if self.system is None and set(args.dataset) & set(BUILTINS):
-            self.system = GUIDE_PROMPT.read_text(encoding="utf-8").strip()
+        self.system, self.opening = readers.read_system(args.system), []
+        if set(args.dataset) & set(BUILTINS):  # as each of its questions is asked
+            self.opening = EXAMPLE
+            if self.system is None:
+                self.system = GUIDE_PROMPT.read_text(encoding="utf-8").strip()
         world = dist.find_world()
         policy, _ = setup.load_model(args, world, train.quick(args))
         inputs = checks.Inputs(tokenizer, [], [], None, "")
@@ -73,7 +82,7 @@ class Model:
 
     def answer(self, turns: list[dict]) -> Iterator[str]:
         """The answer to the last turn, piece by piece. When the model's context has no room for all
-        turns, the oldest are left out, in place."""
+        turns, the oldest are left out, in place; UsageError if the last one alone is too long."""
         import data
         import train
         from run import templates
@@ -82,7 +91,7 @@ class Model:
         system = [{"role": "system", "content": self.system}] if self.system else []
         settings = {"prefix": args.response_prefix, "template": self.template}
         while True:
-            prompt = [*system, *turns]
+            prompt = [*system, *self.opening, *turns]
             (row,), _ = data.encode([{"prompt": prompt}], tokenizer, **settings)
             if len(row["prompt_ids"]) + args.max_completion_length <= self.context:
                 break
@@ -199,5 +208,6 @@ def longest_start(text: str) -> int:
 
 
 if __name__ == "__main__":
+    console.settle()
     flags.program = "run.chat"
     main(sys.argv[1:])

@@ -20,7 +20,8 @@ from pathlib import Path
 import data
 import rewards
 from data import UsageError
-from run import combinations, flags, passes, trained
+from run import combinations, console, flags, passes, trained
+from run.console import harmless
 
 NAMES = (*trained.ASKING, "val_dataset", "max_length", "dataset_num_proc", "num_generations_eval")
 NAMES += ("per_device_eval_batch_size", "output_dir", "reward_funcs", "reward_weights")
@@ -101,6 +102,7 @@ def choose_metrics(args: argparse.Namespace, wanted: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     try:
         args, checkpoint, metrics = read(argv)
+        trained.begin(checkpoint)
         import dist
         import train
         from run import session
@@ -175,7 +177,8 @@ def values_of(wanted: list[str], run, drawn: dict[str, list], G: int) -> dict[st
         kind, _, k = name.partition("@")
         count = passes.maj_at_k if kind == "maj" else passes.pass_at_k
         values = [count(question, int(k or 1)) for question in asked]
-        low, high = passes.interval(values)
+        number = 1 if name == "greedy" else G
+        low, high = passes.interval(values, number / int(k or 1))
         found[name] = {"value": passes.mean(values), "low": low, "high": high}
     return found
 
@@ -200,27 +203,30 @@ def tell(found: dict, args: argparse.Namespace, folder: Path) -> None:
     """A table on the screen."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     names = " ".join(args.val_dataset) or f"a held-out share of {' '.join(args.dataset)}"
     title = f"{found['checkpoint']} on {names}"
     drawn = f"{found['questions']} questions × {found['completions']} completions"
+    title = Text(harmless(title))  # which no name in brackets marks up
     table = Table(title=title, caption=f"{drawn} at temperature {found['temperature']:g}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % over questions", justify="right")
     for name, each in found["metrics"].items():
         bounds = f"{each['low']:.1%} … {each['high']:.1%}"
-        table.add_row(name, f"{each['value']:.1%}", bounds)
+        table.add_row(Text(name), f"{each['value']:.1%}", bounds)
     table.add_section()
     for name, value in found["means"].items():
         is_reward = re.fullmatch("rewards?(/[^/]+)?", name) and name not in rewards.COUNTERS
         if is_reward or name == "completion_length":
-            table.add_row(name, f"{value:.3f}", "")
+            table.add_row(Text(name), f"{value:.3f}", "")
     Console().print(table)
     print(f"every completion: {folder / 'completions.jsonl'}", flush=True)
     print(f"these numbers: {folder / 'evaluation.json'}", flush=True)
 
 
 if __name__ == "__main__":
+    console.settle()
     flags.program = "run.evaluate"
     main(sys.argv[1:])

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from data import UsageError, one_line
-from run import flags, trained
+from run import console, flags, trained
 
 NAMES = ("torch_dtype",)
 
@@ -41,6 +41,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, Path]:
 def main(argv: list[str]) -> None:
     try:
         args, out = read(argv)
+        trained.say("merging")
         merge(args, out)
     except UsageError as error:
         flags.fail(str(error))
@@ -77,5 +78,6 @@ def merge(args: argparse.Namespace, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    console.settle()
     flags.program = "run.merge"
     main(sys.argv[1:])

@@ -115,15 +115,15 @@ def metrics_of(run, batch, num_generations: int) -> dict[str, float]:
 
 
 def means(run, batches: Iterable, num_generations: int) -> dict[str, float]:
-    """What an evaluation tells of all its batches, these two among the others."""
+    """What an evaluation tells of all its completions, these two among the others. Rewards that do
+    not apply everywhere, and extremes, are those of the whole, however it was batched."""
     from run import log
 
-    parts = []
-    for batch in batches:
-        metrics = log.metrics_of(batch, run.rewards.names)
-        metrics |= metrics_of(run, batch, num_generations)
-        parts.append((len(batch.completions), metrics))
-    return log.weighted_mean(parts)
+    first, *others = batches
+    whole = sum(others, first)
+    sizes = [(len(batch.completions), batch.metrics) for batch in (first, *others)]
+    whole.metrics = log.weighted_mean(sizes)  # of drawing them
+    return log.metrics_of(whole, run.rewards.names) | metrics_of(run, whole, num_generations)
 
 
 def mean(values: list[float]) -> float:
@@ -133,17 +133,19 @@ def mean(values: list[float]) -> float:
 # How sure that is -------------------------------------------------------------------------------
 
 
-def interval(values: list[float]) -> tuple[float, float]:
+def interval(values: list[float], tries: float = math.inf) -> tuple[float, float]:
     """Between what 95 % the mean of such values lies, each from 0 to 1, one a question.
 
     Wilson's score interval, which stays within 0 and 1 and has a width where all values are equal.
-    It counts as many questions as the spread of the values is worth: n p (1 - p) / variance.
+    It counts as many questions as the spread of the values is worth: n p (1 - p) / variance. That
+    is itself seen in n values, so it is never more than the independent tries behind them: tries for
+    each, as G / k are for pass@k.
     """
     n, p = len(values), mean(values)
     squares = sum((value - p) ** 2 for value in values)
     worth = float(n)
     if squares > 0:
-        worth = n * p * (1 - p) * (n - 1) / squares
+        worth = min(n * p * (1 - p) * (n - 1) / squares, max(1.0, tries) * n)
     spread = Z95**2 / worth
     middle = (p + spread / 2) / (1 + spread)
     half = math.sqrt(spread * p * (1 - p) + spread**2 / 4) / (1 + spread)

@@ -11,6 +11,8 @@ run's own args.json, which lies beside the checkpoint or above it. Nothing in he
 import argparse
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -35,7 +37,10 @@ class Checkpoint:
     def step(self) -> int:
         """The optimizer step that it was saved at; 0 of a model that no run has trained."""
         file = self.folder / "trainer_state.json"
-        return json.loads(file.read_text())["step"] if file.exists() else 0
+        try:
+            return json.loads(file.read_text())["step"] if file.exists() else 0
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{file}: cannot be read; a whole checkpoint works") from None
 
     @property
     def run_folder(self) -> Path:
@@ -66,6 +71,17 @@ def has_weights(folder: Path) -> bool:
         return (folder / adapters.WEIGHTS).is_file()
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     return (folder / "config.json").is_file() and bool(weights)
+
+
+def begin(checkpoint: Checkpoint) -> None:
+    """The first sign of life, before torch is imported."""
+    say(f"loading {checkpoint.folder}")
+
+
+def say(line: str) -> None:
+    """On a terminal alone, and not on standard output, which may be what somebody keeps."""
+    if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 # Flags ------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """python -m run.report FOLDER [--watch [SECONDS]]"""
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
 from data import UsageError
+from run import console
 from run.report import folder, page
 
 
@@ -26,7 +28,7 @@ def read_flags(argv: list[str]) -> argparse.Namespace:
     text = "write it again as the run goes on, every so many seconds (10)"
     parser.add_argument("--watch", nargs="?", const=10.0, type=float, metavar="SECONDS", help=text)
     args = parser.parse_args(argv)
-    if args.watch is not None and not args.watch > 0:
+    if args.watch is not None and not 0 < args.watch < math.inf:
         fail(f"--watch {args.watch:g}: seconds above 0 work")
     return args
 
@@ -59,9 +61,8 @@ def watch(path: Path, seconds: float) -> folder.Run:
 
 
 def read_if_started(path: Path) -> folder.Run | None:
-    """None before the first step is logged."""
-    metrics = path / "metrics.jsonl"
-    if (path / "args.json").exists() and not (metrics.exists() and metrics.stat().st_size):
+    """None before the first step is logged; an evaluation may come before it."""
+    if (path / "args.json").exists() and not folder.has_steps(path):
         return None
     return folder.read(path)
 
@@ -81,11 +82,15 @@ def main(argv: list[str]) -> None:
     for line in [*summary.completions(run), *summary.results(run)]:
         print(line)
     picture = args.folder / "curve.png"
-    summary.draw_curve(run, picture)
+    try:
+        summary.draw_curve(run, picture)
+    except OSError as error:
+        fail(f"{picture}: {(error.strerror or 'cannot be written').lower()}")
     print(f"the curve is in {picture}, the page to look at in {file}")
     if not run.completions:
         print("--log_completions true adds completions to it, --log_tokens 4 their tokens")
 
 
 if __name__ == "__main__":
+    console.settle()
     main(sys.argv[1:])

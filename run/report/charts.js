@@ -59,7 +59,7 @@ class Chart {
     this.series = spec.names.map((name, i) => ({
       label: LABELS[name] ?? name.replace(/^(rewards|time)\//, ""),
       color: `var(--c${i % 6})`,
-      values: story.metrics[name],
+      values: story.metrics[name] ?? story.metrics.step.map(() => null),
       held: heldOut(story, name),
     }));
     this.plot = el("div", { class: "plot" });

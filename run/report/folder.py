@@ -63,6 +63,12 @@ class Run:
         return step >= self.max_steps and (self.folder / f"checkpoint-{step}").exists()
 
 
+def has_steps(folder: Path) -> bool:
+    """Whether a step that was trained is logged."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and any("loss" in line for line in read_lines(file, LINE))
+
+
 def read(folder: Path) -> Run:
     """UsageError, one line, where it is no run's folder, or a line in it is broken."""
     if not folder.is_dir():

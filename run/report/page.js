@@ -89,12 +89,15 @@ function showHealth() {
   const lines = story.health.map(({ step, text }) =>
     el("div", { class: "health" }, el("b", {}, `step ${step}`), text),
   );
-  const good = el("div", { class: "health good" }, "Healthy: the run had nothing to warn of.");
+  const short = (story.metrics.step ?? []).length < 5; // what a cause takes to show
+  const words = short ? "Too short to tell whether it is healthy." : "Healthy: the run had nothing to warn of.";
+  const good = el("div", { class: "health good" }, words);
   byId("health").append(...(lines.length ? lines : [good]));
 }
 
 function showCharts() {
-  const there = (name) => (story.metrics[name] ?? []).some((value) => value !== null);
+  const has = (values) => (values ?? []).some((value) => value !== null);
+  const there = (name) => has(story.metrics[name]) || has(story.evaluations[`eval/${name}`]);
   const add = (spec, box) => {
     const names = spec.names.filter(there);
     if (!names.length) return;
@@ -104,7 +107,9 @@ function showCharts() {
   };
   CHARTS.forEach((spec) => add(spec, byId("curves")));
   const shown = new Set(["step", ...CHARTS.flatMap((spec) => spec.names)]);
-  const others = Object.keys(story.metrics).filter((name) => !shown.has(name));
+  // Some, such as pass@k, are told of evaluations alone.
+  const told = Object.keys(story.evaluations).map((name) => name.replace(/^eval\//, ""));
+  const others = [...new Set([...Object.keys(story.metrics), ...told])].filter((name) => !shown.has(name));
   const more = byId("more").querySelector(".curves");
   const fill = () => others.forEach((name) => add({ title: name, names: [name] }, more));
   byId("more").addEventListener("toggle", fill, { once: true });

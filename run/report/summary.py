@@ -37,8 +37,11 @@ def results(run: Run) -> list[str]:
     for name in run.rewards:
         points = held_out(run, name)
         if len(points) > 1:
-            (_, first), (_, last) = points[0], points[-1]
-            lines.append(f"{name} on held-out questions: {first:.1%} before, {last:.1%} after")
+            (start, first), (end, last) = points[0], points[-1]
+            is_share = all(0 <= value <= 1 for _, value in points)
+            first, last = (f"{v:.1%}" if is_share else f"{v:.3g}" for v in (first, last))
+            before = "before" if start == 0 else f"at step {start}"
+            lines.append(f"{name} on held-out questions: {first} {before}, {last} after step {end}")
     last = run.steps[-1]
     minutes = run.seconds / 60
     lines.append(f"{last['step']} steps in {minutes:.1f} minutes, {last['num_tokens']:,} tokens")

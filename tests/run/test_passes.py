@@ -6,9 +6,12 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import train
 from run import passes
 from run.passes import Question, interval, maj_at_k, pass_at_k
+from sampler import Completion
 
 RIGHT = "the right one"
 
@@ -87,6 +90,42 @@ def test_the_interval_holds_the_truth_nineteen_times_of_twenty(chance, tries):
         low, high = interval(values)
         held += low <= chance <= high
     assert 0.93 < held / trials < 0.99
+
+
+@pytest.mark.parametrize("questions", [8, 20])
+@pytest.mark.parametrize("chance", [0.5, 0.7])
+def test_the_interval_of_pass_at_4_holds_for_few_questions_too(questions, chance):
+    """All are as hard: their values lie closer together than their number could tell."""
+    rng, held, trials, G, k = random.Random(1), 0, 500, 8, 4
+    for _ in range(trials):
+        values = []
+        for _ in range(questions):
+            right = sum(rng.random() < chance for _ in range(G))
+            values.append(pass_at_k(Question(right, [G - right] if right < G else []), k))
+        low, high = interval(values, G / k)
+        held += low <= 1 - (1 - chance) ** k <= high
+    assert held / trials > 0.93
+
+
+def test_an_evaluation_is_of_all_its_completions_however_they_were_batched():
+    """Two questions without a reference lie in the first batch, and a long completion in the last."""
+
+    def part(lengths, scores):
+        completions = [Completion([5] * n, [-1.0] * n, True) for n in lengths]
+        rewards = torch.tensor([score or 0.0 for score in scores])
+        columns = [[score] for score in scores]
+        metrics = {"time/reward": 1.0, "rewards/unscored": 1.0}
+        return train.Batch([{}] * 4, completions, columns, rewards, rewards, metrics)
+
+    parts = [part([3, 4, 5, 6], [None, None, 1.0, 0.0]), part([1, 2, 2, 9], [1.0, 1.0, 1.0, 0.0])]
+    names = SimpleNamespace(names=["accuracy"])
+    run = SimpleNamespace(rewards=names, texts=lambda done: ["1"] * len(done))
+    found = passes.means(run, parts, 2)
+    assert found["rewards/accuracy"] == pytest.approx(4 / 6)
+    assert found["pass@2"] == 1.0
+    assert (found["completion_length/min"], found["completion_length/max"]) == (1, 9)
+    assert found["completion_length"] == 4 and found["reward"] == 0.5
+    assert found["time/reward"] == 1.0 and found["rewards/unscored"] == 2.0
 
 
 def test_an_interval_has_a_width_where_all_answers_are_right_and_narrows_with_questions():

@@ -169,17 +169,24 @@ def test_the_slider_and_a_click_on_a_curve_move_to_another_step(browser, made):
     assert texts(browser, "#step") == ["step 4"]
 
 
-def test_tokens_are_coloured_by_what_the_step_did_and_tell_their_numbers(browser, made):
+def hover(browser, node) -> None:
+    """Point at it until its numbers show: on a busy machine the page may still be laid out."""
     from selenium.webdriver import ActionChains
 
+    (tip,) = find(browser, "#tip")
+    deadline = time.monotonic() + 10
+    while not tip.is_displayed() and time.monotonic() < deadline:
+        ActionChains(browser).move_by_offset(1, 1).move_to_element(node).pause(0.1).perform()
+    assert tip.is_displayed()
+
+
+def test_tokens_are_coloured_by_what_the_step_did_and_tell_their_numbers(browser, made):
     open_page(browser, made, "step=2")
     tokens = find(browser, ".group:first-child .completion:first-child .t")  # those with tokens
     assert [token.get_attribute("class") for token in tokens] == ["t up", "t down", "t up"]
     shares = [t.get_attribute("style") for t in tokens]  # of the largest change, 1.0
     assert shares == ["--share: 0.250;", "--share: 1.000;", "--share: 0.000;"]
-    ActionChains(browser).move_to_element(tokens[1]).perform()
-    (tip,) = find(browser, "#tip")
-    assert tip.is_displayed()
+    hover(browser, tokens[1])
     rows = dict(row.split("\t") for row in tip_rows(browser))
     assert rows["token"] == "2 of 3, id 8" and rows["advantage"] == "0.7"
     assert rows["log π before the step"] == "-1" and rows["log π after it"] == "-2"
@@ -381,7 +388,7 @@ def test_the_last_lines_tell_five_completions_the_accuracy_and_where_the_page_is
     report.main([str(made)])
     out = capsys.readouterr().out
     assert out.count("advantage") == 5
-    assert "accuracy on held-out questions: 25.0% before, 75.0% after" in out
+    assert "accuracy on held-out questions: 25.0% before, 75.0% after step 4" in out
     assert "4 steps in 0.1 minutes, 400 tokens" in out
     assert "\n  What is 2 + 2?\n  I say 4.\n" in out
     assert str(made / "report.html") in out

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from conftest import (
 )
 from processes import forked
 
+import data
 import rewards
 from run import chat, evaluate, flags, merge, passes, setup
 from run.chat import Screen, harmless
@@ -307,6 +309,33 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(runs)
     model.context = 80
     turns = [{"role": role, "content": "word " * 20} for role in ("user", "assistant", "user")]
     assert "".join(model.answer(turns)) and len(turns) == 1
+
+
+def test_a_turn_that_is_too_long_is_told_and_the_next_is_answered(runs, monkeypatch, capsys):
+    long = "word " * 1000
+    said = converse(monkeypatch, f"{long}\nWhat is 2 + 2?\n", runs / "lora")
+    assert said.strip() and "tokens are more than the" in capsys.readouterr().err
+
+
+def test_the_built_in_task_is_asked_behind_its_worked_example(
+    runs, tmp_path, tokenizer, monkeypatch
+):
+    """As it was trained: without it, a small model does not know the format."""
+    from run import trained
+
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "full", folder)
+    args = json.loads((folder / "args.json").read_text()) | {"dataset": ["arithmetic"]}
+    (folder / "args.json").write_text(json.dumps(args | {"system": None}))
+    model = chat.Model(trained.flags_of(trained.find(str(folder)), (*chat.NAMES, "dataset"), {}))
+    (row,) = data.load_rows(["arithmetic-test#1"])
+    asked = []
+    monkeypatch.setattr(
+        chat, "draw", lambda sampler, prompt_ids, seed: asked.append(prompt_ids) or []
+    )
+    list(model.answer([row["prompt"][-1]]))
+    (trained_on,), _ = data.encode([row], model.run.tokenizer)
+    assert asked == [trained_on["prompt_ids"]]
 
 
 def test_characters_of_several_tokens_come_whole(tokenizer):
