@@ -30,7 +30,7 @@ from data import UsageError, one_line
 from run import adapters
 from run import folder as folders
 from run import reference as run_reference
-from run.display import phase
+from run.display import phase, warn
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def start_folder(args: argparse.Namespace, world):
         folder.mkdir(parents=True, exist_ok=True)
         held = folders.lock(folder)
         folders.sweep(folder)
-        if args.resume_from_checkpoint:
-            step = tell_differences(args, world)
+        resumed = Path(args.resume_from_checkpoint or ".")
+        step = tell_differences(args, world) if args.resume_from_checkpoint else 0
+        if args.resume_from_checkpoint and resumed.resolve().parent == folder.resolve():
             newer = [p for p in folders.checkpoints(folder) if folders.checkpoint_step(p) > step]
             folders.move_away(newer, folder, "checkpoints beyond the resumed one")
         else:
@@ -184,8 +185,6 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress, reference
             run_reference.write(reference_state, unfinished)
             (unfinished / folders.STATE).write_text(json.dumps(asdict(progress)) + "\n")
             folders.finish(unfinished, folder)  # a checkpoint that is there is whole
-            if args.save_total_limit:
-                folders.prune(folder.parent, progress.step, args.save_total_limit)
         except (OSError, SafetensorError, FloatingPointError) as error:  # no room, no right
             shutil.rmtree(unfinished, ignore_errors=True)
             problem = f"--output_dir {args.output_dir}: {folder.name} could not be written"
@@ -193,6 +192,11 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress, reference
     problem = world.from_main(problem)
     if problem:
         raise SaveError(problem)
+    if world.is_main and args.save_total_limit:
+        try:
+            folders.prune(Path(args.output_dir), progress.step, args.save_total_limit)
+        except OSError as error:  # which loses nothing
+            warn(f"an old checkpoint could not be removed ({one_line(error)})")
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

@@ -306,9 +306,10 @@ def fail(message: str, status: int = 2):
 
 
 def write_line(line: str) -> None:
-    """The last line, on stderr: what follows the run on a terminal is taken away before it."""
+    """The last line, on stderr: what follows the run on a terminal is taken away before it. It may
+    hold what a completion says, which no terminal obeys."""
     display.screen.close()
-    print(line, file=sys.stderr, flush=True)
+    print(console.harmless(line), file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:

@@ -28,6 +28,8 @@ OF_A_RUN += ("report.html", "curve.png")
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 # Endings of folders that are not whole yet, or not whole any more: a kill may leave them.
 UNFINISHED, REMOVED = ".unfinished", ".removed"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+LEFT = re.compile(rf"{NAME.pattern}({UNFINISHED}|{REMOVED}(-[0-9]+)?)")
 
 
 # One run at a time ------------------------------------------------------------------------------
@@ -68,8 +70,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):
-        named = re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
-        if named and path.is_dir() and not path.is_symlink():
+        if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             found.append(path)
     return sorted(found, key=checkpoint_step)
 
@@ -85,8 +86,11 @@ def fault(checkpoint: Path) -> str:
             return f"it has no {name}"
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state["step"], int):
+        step, named = state["step"], NAME.fullmatch(checkpoint.name)
+        if not isinstance(step, int) or step < 0:
             return f"{STATE} has no step"
+        if named and int(named[1]) != step:  # by which it would be sorted, kept and moved away
+            return f"{STATE} is of step {step}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE} cannot be read: {one_line(error)}"
     files = list(checkpoint.glob("*.safetensors"))
@@ -132,7 +136,7 @@ def move_away(paths: list[Path], folder: Path, what: str) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a kill left of checkpoints that were being written or removed."""
     for path in folder.glob("checkpoint-*"):
-        if path.name.endswith((UNFINISHED, REMOVED)) and not path.is_symlink():
+        if LEFT.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -144,12 +148,23 @@ def finish(unfinished: Path, checkpoint: Path) -> None:
         file.chmod(mode)
         sync(file)
     sync(unfinished)
-    doomed = checkpoint.with_name(checkpoint.name + REMOVED)
-    if checkpoint.exists():  # as one may have been copied here
+    doomed = free(checkpoint.with_name(checkpoint.name + REMOVED))
+    if checkpoint.is_symlink():  # somebody's: it stays, under another name
+        checkpoint.rename(free(checkpoint.with_name(checkpoint.name + ".link")))
+    elif checkpoint.exists():  # as one may have been copied here
         checkpoint.rename(doomed)
     unfinished.rename(checkpoint)
     sync(checkpoint.parent)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def free(path: Path) -> Path:
+    """This name, or the next with a number that nothing has."""
+    number, found = 1, path
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
 
 
 def sync(path: Path) -> None:
@@ -163,8 +178,7 @@ def sync(path: Path) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Under another name first: a kill in between leaves no half of a checkpoint."""
-    doomed = checkpoint.with_name(checkpoint.name + REMOVED)
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = free(checkpoint.with_name(checkpoint.name + REMOVED))
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

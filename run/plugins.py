@@ -23,6 +23,7 @@ import re
 import sys
 import traceback
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import rewards
@@ -227,9 +228,10 @@ class CheckedRewards(Rewards):
             if error:
                 kept["traceback"] = "".join(traceback.format_exception(error)).splitlines()
             path = Path(self.output_dir, f"failed-reward-step{step}-{os.getpid()}.json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, indent=1, default=str))
-            message += f" (the rows are in {path})"
+            with suppress(OSError):  # no room, no right: the reason is told all the same
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(kept, indent=1, default=str))
+                message += f" (the rows are in {path})"
         raise RewardError(message) from error
 
     def find_row(self, function, batch, step) -> int | None:
@@ -255,7 +257,10 @@ def call_all(functions, batch, state, runner) -> list:
     for function in functions:
         try:
             results.append(call(function, batch, state))
-        except Exception as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a plugin that exits would end the run as a success
             results.append(error)
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
 

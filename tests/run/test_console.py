@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from run import flags
+
 SAY = (
     "import os, sys; from run import console; console.settle()\n"
     "for _ in range(3000): print('8 completions of 2 processes × 4')\n"
@@ -15,6 +17,11 @@ SAY = (
     "file = open(sys.argv[1], 'w'); assert file.fileno() > 2, file.fileno()\n"
     "file.write('done')\n"
 )
+
+
+def test_the_last_line_is_without_what_a_terminal_would_obey(capsys):
+    flags.write_line("train.py: --reward_funcs mine: \x1b[2J\x07")
+    assert capsys.readouterr().err == "train.py: --reward_funcs mine: ␛[2J␇\n"
 
 
 def closed(*numbers):

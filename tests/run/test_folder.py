@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 from conftest import flags_for, train_here
@@ -78,6 +80,8 @@ DAMAGES = {
     ),
     "empty progress": (write("trainer_state.json", ""), "trainer_state.json cannot be read"),
     "garbled progress": (write("trainer_state.json", '{"step": "x"}'), "has no step"),
+    "another step": (write("trainer_state.json", '{"step": 2}'), "is of step 2"),
+    "a step below 0": (write("trainer_state.json", '{"step": -3}'), "has no step"),
 }
 
 
@@ -164,6 +168,39 @@ def test_state_that_is_not_finite_is_never_written(model_folder, plugin, tmp_pat
 
 
 # Removing ----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_from_elsewhere_moves_an_earlier_run_away(resumed, trained):
+    """Another run's lines and checkpoints would mix with its own, and be pruned with them."""
+    before = []
+
+    def note(out):
+        before.append((out / "metrics.jsonl").read_text())
+
+    elsewhere = trained / "checkpoint-2"
+    status, said = resumed(note, elsewhere, "--save_total_limit", "1")
+    assert status == 0 and "held an earlier run; now in" in said, said
+    (moved,) = re.findall(r"now in (\S+)", said)
+    assert (Path(moved) / "metrics.jsonl").read_text() == before[0]
+    assert {path.name for path in folder.checkpoints(moved)} >= {"checkpoint-2", "checkpoint-3"}
+
+
+def test_a_link_in_the_way_of_a_checkpoint_stays_under_another_name(tmp_path):
+    mine, checkpoint = tmp_path / "mine", tmp_path / "checkpoint-2"
+    mine.mkdir()
+    checkpoint.symlink_to(mine)
+    (tmp_path / "checkpoint-2.removed").symlink_to(mine)
+    for _ in range(2):
+        unfinished = tmp_path / "checkpoint-2.unfinished"
+        unfinished.mkdir()
+        (unfinished / folder.STATE).write_text("{}")
+        folder.finish(unfinished, checkpoint)
+        assert (checkpoint / folder.STATE).exists() and not checkpoint.is_symlink()
+    folder.remove(checkpoint)
+    (tmp_path / "checkpoint-best.removed").mkdir()  # of somebody else
+    folder.sweep(tmp_path)
+    left = {"mine", "checkpoint-2.link", "checkpoint-2.removed", "checkpoint-best.removed"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 def test_only_this_runs_own_checkpoints_are_removed(tmp_path):

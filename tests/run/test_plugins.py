@@ -359,6 +359,17 @@ def test_a_reward_that_raises_is_named_and_its_rows_are_kept(reward, tmp_path, m
     assert kept["row"] == 2 and kept["step"] == 3
 
 
+def test_a_reward_that_exits_is_named_and_so_is_one_whose_rows_find_no_place(make, tmp_path):
+    def leaves(completions, **kwargs):
+        raise SystemExit(0)  # which would have ended the run as if it were done
+
+    orms["leaves"] = leaves
+    place = tmp_path / "a file"
+    place.write_text("")
+    with pytest.raises(RewardError, match="reward leaves, step 3, row 0: raised SystemExit"):
+        run(make("leaves", output_dir=str(place)), ["a", "b"])
+
+
 def test_a_reward_that_raises_on_the_whole_batch_alone(make):
     def whole(completions, **kwargs):
         assert len(completions) < 2, "too\nmany"
