@@ -170,12 +170,14 @@ def test_the_slider_and_a_click_on_a_curve_move_to_another_step(browser, made):
 
 
 def hover(browser, node) -> None:
-    """Point at it until its numbers show: on a busy machine the page may still be laid out."""
+    """Point at it, in the middle of the window, until its numbers show: on a busy machine the page
+    may still be laid out."""
     from selenium.webdriver import ActionChains
 
     (tip,) = find(browser, "#tip")
     deadline = time.monotonic() + 10
     while not tip.is_displayed() and time.monotonic() < deadline:
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", node)
         ActionChains(browser).move_by_offset(1, 1).move_to_element(node).pause(0.1).perform()
     assert tip.is_displayed()
 
