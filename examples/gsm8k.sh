@@ -1,6 +1,6 @@
 # GSM8K's word problems on the embedded model: on two cores its reward rises within ten minutes.
 # The rows are the hub's. From a file of them:  GSM8K=train.jsonl sh examples/gsm8k.sh
-# Run it from the repository's root, with the environment of `make install`; more flags may follow.
+# Run it from the repository's root, with the environment of `make model`; more flags may follow.
 python examples/gsm8k.py "${GSM8K:-openai/gsm8k:main}" output/gsm8k.jsonl &&
 torchrun --standalone --nproc_per_node 2 train.py \
     --model models/SmolLM2-135M-Instruct \

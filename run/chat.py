@@ -4,9 +4,9 @@
     echo 'What is 12 + 7?' | python -m run.chat …     a line is a turn; the answers come out alone
 
 Tokens are drawn as in training: the run's system prompt, template and temperature, and the worked
-example of the built-in task. On a terminal
-what a model thinks, between <think> and </think>, is dim and stands apart. Control characters that
-it writes are shown as signs and not sent to the terminal, which would obey them.
+example of the built-in task. On a terminal what a model thinks, between <think> and </think>, is
+dim and stands apart. Control characters that it writes are shown as signs and not sent to the
+terminal, which would obey them.
 """
 
 import argparse

@@ -19,9 +19,8 @@ class Bar(tqdm):
     """In place of huggingface_hub's bars, which would run through the panel: all files' bytes."""
 
     def __init__(self, *args, **kwargs):
-        self.counts = (
-            kwargs.get("name") == "huggingface_hub.snapshot_download"
-        )  # the bar of them all
+        # The bar of them all.
+        self.counts = kwargs.get("name") == "huggingface_hub.snapshot_download"
         super().__init__(*args, **kwargs | {"disable": True})
 
     def update(self, n=1):
@@ -32,13 +31,9 @@ class Bar(tqdm):
 
 def fetch(world, model: str) -> None:
     """All ranks call it. What cannot be had is told by whoever reads the model next."""
-    if Path(model).exists():
-        return
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        with (
-            display.phase("download the model"),
-            suppress(Exception),
-        ):  # of any library of the hub's
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not Path(model).exists():
+        # Whatever the hub's libraries raise.
+        with display.phase("download the model"), suppress(Exception):
             say(world, f"fetching {model}, unless it is on disk")
             snapshot_download(model, allow_patterns=FILES, ignore_patterns=OTHERS, tqdm_class=Bar)
     world.barrier()

@@ -119,7 +119,7 @@ def means(run, batches: Iterable, num_generations: int) -> dict[str, float]:
     not apply everywhere, and extremes, are those of the whole, however it was batched."""
     from run import log
 
-    first, *others = batches
+    first, *others = batches  # of one row at least
     whole = sum(others, first)
     sizes = [(len(batch.completions), batch.metrics) for batch in (first, *others)]
     whole.metrics = log.weighted_mean(sizes)  # of drawing them

@@ -257,10 +257,8 @@ def call_all(functions, batch, state, runner) -> list:
     for function in functions:
         try:
             results.append(call(function, batch, state))
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a plugin that exits would end the run as a success
+        # A plugin that exits would end the run as a success.
+        except (Exception, SystemExit) as error:
             results.append(error)
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
 

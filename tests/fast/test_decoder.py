@@ -9,7 +9,7 @@ from test_sampler import ENDS, prompts_of
 
 import fast
 import lora
-from fast.decoder import ROOM, LlamaDecoder, PackedDecoder
+from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, decodes_like_llama
 from sampler import Decoder, ModelSampler
 
 LIKE_LLAMA = ["llama", "llama-mha", "qwen2", "qwen3"]
@@ -139,3 +139,13 @@ def test_what_all_prompts_begin_with_is_prefilled_once_and_ended_rows_leave(monk
         alive = sum(n > t for n in lengths)
         assert alive <= batch <= max(alive / 0.75, 12 * (t == 1), 1)
     assert len(rows) > 5 and rows[-1] < 12
+
+
+def test_the_quick_decoder_does_not_go_for_lack_of_memory_without_a_word(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(LlamaDecoder, "__init__", full)
+    model = prepared()
+    with pytest.raises(torch.OutOfMemoryError):
+        decodes_like_llama(model)

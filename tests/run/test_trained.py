@@ -252,6 +252,17 @@ def test_bad_input_is_one_line(case, runs, model, tmp_path, capsys, monkeypatch)
     assert said.count("\n") == 1
 
 
+def test_a_damaged_adapter_is_one_line(runs, tmp_path, capsys):
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    folder = max((tmp_path / "run").glob("checkpoint-*"))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(SystemExit):
+        chat.main([str(folder)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(file) in line and line.endswith("a whole checkpoint works")
+
+
 def test_a_wrong_command_line_is_answered_before_torch_is_imported(runs):
     for command in ("evaluate", "chat", "merge"):
         code = f"import sys, run.{command} as c\ntry: c.main(['nowhere', 'out'][:{1 + (command == 'merge')}])\n"
