@@ -3,6 +3,7 @@
     python bench/ablate.py                 every variant, three seeds; goes on where it was stopped
     python bench/ablate.py --variants GRPO DAPO --seeds 1 --completions 256
     python bench/ablate.py --processes 1 --parallel 9 --torch_dtype bfloat16      on a GPU
+    python bench/ablate.py --table --completions 512      of the runs there are, stopped ones included
 
 Each run trains the embedded model on the built-in sums and is evaluated on the same held-out
 questions. Two budgets are read off its curve: completions that were sampled, those included that
@@ -12,6 +13,7 @@ each takes some of the others'.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -49,18 +51,21 @@ def main() -> None:
     if unknown:
         sys.exit(f"--variants {unknown[0]}: one of {', '.join(VARIANTS)} works")
     options.folder.mkdir(parents=True, exist_ok=True)
+    runs = itertools.product(options.seeds, options.variants)  # a stop leaves whole seeds
+    folders = {(v, seed): options.folder / f"{slug(v)}-{seed}" for seed, v in runs}
+    if options.table:
+        curves = {run: curve_of(folder) for run, folder in folders.items() if folder.exists()}
+        short = [run for run, curve in curves.items() if curve[-1][0] < options.completions]
+        if short or not curves:
+            sys.exit(f"--completions {options.completions}: not reached by {short or 'any run'}")
+        report(curves, options)
+        return
     curves = {}
     with ThreadPoolExecutor(options.parallel) as pool:
-        runs = {}
-        for seed in options.seeds:  # one seed of all before the next, so that a stop leaves a table
-            for variant in options.variants:
-                folder = options.folder / f"{slug(variant)}-{seed}"
-                run = pool.submit(train, variant, seed, folder, options)
-                runs[run] = variant, seed, folder
-        for run in as_completed(runs):
-            run.result()  # raises what the run has raised
-            variant, seed, folder = runs[run]
-            curves[variant, seed] = curve_of(folder)
+        jobs = {pool.submit(train, *run, folder, options): run for run, folder in folders.items()}
+        for job in as_completed(jobs):
+            job.result()  # raises what the run has raised
+            curves[jobs[job]] = curve_of(folders[jobs[job]])
             report(curves, options)
 
 
@@ -73,6 +78,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="of each run")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--torch_dtype", default="float32")
+    parser.add_argument("--table", action="store_true", help="train nothing, tell what there is")
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "ablate")
     parser.add_argument("--plot", type=Path, default=ROOT / "output" / "ablate" / "ablation.png")
     return parser.parse_args()

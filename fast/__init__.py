@@ -4,6 +4,7 @@ Without this folder, or with --plain true, training is slower and gives the same
 
     part            file         in the place of                       on          compared with
     packed rows     packed.py    the padded pass of completion_logps   CPU, CUDA   that function
+      one kernel    varlen.py    the blocks of packed rows             CUDA        the blocks
     chunked head    head.py      the logits of completion_logps        CPU, CUDA   that function
     remade norms    remade.py    the forward of RMS norms              CPU, CUDA   the model's own
     remade gates    remade.py    the forward of SwiGLU MLPs            CPU, CUDA   the model's own

@@ -11,14 +11,16 @@ of the arithmetic task, 16 groups of 4, are some 1,700 tokens instead of 11,000.
 
     Pack              the row, and who attends to whom
     Block             tokens of the row that attend together, padded to one size
-    PackedAttention   softmax(Q Kᵀ) V along the paths, block by block
+    PackedAttention   softmax(Q Kᵀ) V along the paths, block by block; on GPUs, in half precision, one
+                      kernel does it (varlen.py)
     grouped_attention where a transformers model meets it: attn_implementation "grouped"
 
 To try another layout, change `Pack`; to bring a kernel of your own, change `PackedAttention`.
 """
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fast.remade import remaking
+from fast.varlen import Runs, VarlenAttention, serves
 from grpo import Rows, pad, positions
 from sampler import distinct
 
@@ -68,10 +71,10 @@ def completion_hidden_states(
 class Pack:
     """A micro-batch as one row of N tokens, and who attends to whom.
 
-    ids, positions: (1, N); shared: length of the beginning; predicting: for each completion token
-    the place of the token in front of it; blocks: all of the row's tokens, in parts that attend
-    together; rests: the places of each distinct prompt's rest; keys_and_values: a list for those
-    of all layers, (N, key heads, d) each, or None.
+    ids, positions: (1, N); shared: length of the beginning; runs: (places, path) of each part that
+    was appended, in the order of the row; predicting: for each completion token the place of the
+    token in front of it; rests: the places of each distinct prompt's rest; keys_and_values: a list
+    for those of all layers, (N, key heads, d) each, or None.
     """
 
     def __init__(self, prompt_ids: Rows, completion_ids: Rows, config, device: torch.device):
@@ -79,10 +82,6 @@ class Pack:
         row = Row()
         beginning = row.append(shared_beginning(prompts, config), [])
         shared = len(beginning)
-        # The beginning's own tokens have nothing before them that other rows of a block share.
-        blocks = [([queries], [path], 0) for queries, path in row.paths]
-        row.paths = []
-
         prompt_paths = [row.append(prompt[shared:], beginning) for prompt in prompts]
         predicting = []
         for i, completion in zip(row_of.tolist(), completion_ids):
@@ -90,18 +89,29 @@ class Pack:
             path = row.append(completion[:-1], behind)  # nothing is read of its last token
             first = len(behind) - 1
             predicting += path[first:]
-        for part in like_sizes(row.paths, config.num_attention_heads):
-            queries, paths = zip(*part)
-            blocks.append((queries, paths, shared))
 
-        self.shared = shared
+        self.shared, self.runs, self.heads = shared, row.runs, config.num_attention_heads
         self.ids = torch.tensor([row.ids], device=device)
         self.positions = torch.tensor([row.positions], device=device)
         self.predicting = torch.tensor(predicting, device=device)
-        positions = self.positions[0]
-        self.blocks = [Block(*block, positions) for block in blocks]
         self.rests = [path[shared:] for path in prompt_paths]
         self.keys_and_values = None
+
+    @functools.cached_property
+    def blocks(self) -> "list[Block]":
+        """All of the row's tokens, in parts that attend together."""
+        positions = self.positions[0]
+        # The beginning's own tokens have nothing before them that other rows of a block share.
+        first = 1 if self.shared else 0
+        blocks = [Block([run], [path], 0, positions) for run, path in cut(self.runs[:first])]
+        for part in like_sizes(cut(self.runs[first:]), self.heads):
+            blocks.append(Block(*zip(*part), self.shared, positions))
+        return blocks
+
+    @functools.cached_property
+    def varlen(self) -> Runs:
+        """The same for one kernel that takes all runs."""
+        return Runs(self.runs, self.ids.device)
 
     def run(self, decoder: torch.nn.Module) -> Tensor:
         """The last hidden state of each token, (N, D)."""
@@ -113,11 +123,11 @@ class Pack:
 
 
 class Row:
-    """The tokens of a row while it grows, their positions, and the paths of QUERIES_AT_ONCE
-    tokens each: (their places, the places that they attend to)."""
+    """The tokens of a row while it grows, their positions, and its runs: (the places of tokens that
+    were appended together, the path that ends with them)."""
 
     def __init__(self):
-        self.ids, self.positions, self.paths = [], [], []
+        self.ids, self.positions, self.runs = [], [], []
 
     def append(self, tokens: Sequence[int], behind: list[int]) -> list[int]:
         """Put tokens into the row that continue the path `behind` → the path with them."""
@@ -126,11 +136,19 @@ class Row:
         places = list(range(first, first + count))
         self.ids.extend(tokens)
         self.positions.extend(range(position, position + count))
-        for start in range(0, count, QUERIES_AT_ONCE):
+        path = behind + places
+        if places:
+            self.runs.append((places, path))
+        return path
+
+
+def cut(runs: Sequence[tuple]) -> Iterator[tuple]:
+    """Runs in parts of QUERIES_AT_ONCE tokens: (their places, the places that they attend to)."""
+    for places, path in runs:
+        behind = len(path) - len(places)
+        for start in range(0, len(places), QUERIES_AT_ONCE):
             end = start + QUERIES_AT_ONCE
-            queries, path = places[start:end], behind + places[:end]
-            self.paths.append((queries, path))
-        return behind + places
+            yield places[start:end], path[: behind + end]
 
 
 def shared_beginning(prompts: Rows, config) -> list[int]:
@@ -144,7 +162,7 @@ def shared_beginning(prompts: Rows, config) -> list[int]:
     return os.path.commonprefix([list(prompt[:-1]) for prompt in prompts])
 
 
-def like_sizes(paths: Sequence[tuple], heads: int) -> Iterator[list[tuple]]:
+def like_sizes(paths: Iterable[tuple], heads: int) -> Iterator[list[tuple]]:
     """Cut a list of (queries, path), the longest queries first, into parts of like length whose
     tables of scores have MAX_SCORES numbers at most."""
     part, longest, columns = [], 0, 0
@@ -327,7 +345,10 @@ def grouped_attention(
     if pack.keys_and_values is not None:
         pack.keys_and_values.append((key, value))
     window = kwargs.get("sliding_window")
-    out = PackedAttention.apply(query, key, value, pack, scale, window)
+    if serves(query):
+        out = VarlenAttention.apply(query, key, value, pack.varlen, scale, window)
+    else:
+        out = PackedAttention.apply(query, key, value, pack, scale, window)
     return out[None], None
 
 

@@ -166,7 +166,7 @@ def test_without_flags_the_demo_runs_and_prints_its_command(monkeypatch, capsys)
 def test_the_demo_has_the_same_batch_in_any_number_of_processes(size):
     args = flags.parse_args(flags.demo(size, bfloat16=False))
     combinations.check(args, size)
-    assert size * args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    assert size * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
     assert size * args.per_device_eval_batch_size == 256
 
 
