@@ -1,7 +1,8 @@
 """metrics.jsonl and completions.jsonl: lines that are whole, whatever happens to disk or process.
 
-A line that cannot be written, because the disk is full or the folder is gone, is kept and written
-with a later one: training goes on, and says so once. A resumed run forgets the lines of steps that
+A line that cannot be written, because the disk is full, is kept and written with a later one:
+training goes on, and says so once. A folder that is gone is made and taken anew, unless another run
+has taken it: that ends this one (folder.Hold). A resumed run forgets the lines of steps that
 its checkpoint does not know of.
 """
 
@@ -9,6 +10,7 @@ import json
 from pathlib import Path
 
 from data import one_line
+from run.folder import keep
 
 MOST_KEPT = 100_000  # lines in memory, of which one takes about a kilobyte
 
@@ -26,6 +28,7 @@ class Lines:
         self.waiting += [json.dumps(thing, default=str) + "\n" for thing in objects]
         del self.waiting[:-MOST_KEPT]
         try:
+            keep(self.file.parent)
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._append("".join(self.waiting).encode())
         except OSError as error:
