@@ -84,7 +84,7 @@ class Hold:
         HOLDS[folder] = self
 
     def write_args(self) -> None:
-        (self.folder / "args.json").write_text(self.args)
+        write_whole(self.folder / "args.json", self.args.encode())
 
     def renew(self) -> None:
         """Take the folder anew if it, or its lock, is not the one that was taken. UsageError if
@@ -225,6 +225,18 @@ def free(path: Path) -> Path:
         number += 1
         found = path.with_name(f"{path.name}-{number}")
     return found
+
+
+def write_whole(file: Path, text: bytes) -> None:
+    """A file is as it was, or as it shall be: never in between, and nothing beside it is left."""
+    beside = file.with_name(file.name + ".new")
+    try:
+        beside.write_bytes(text)
+        beside.replace(file)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def sync(path: Path) -> None:

@@ -385,3 +385,45 @@ def test_lines_beyond_a_checkpoint_are_forgotten(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert cut_after(file, 2) is None
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.fixture
+def full_disk():
+    """By a limit on the size of files: what is there can be cut, and nothing can be written."""
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, limit))
+
+
+def test_lines_beyond_a_checkpoint_are_forgotten_on_a_full_disk_too(tmp_path, request):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n{"st')
+    request.getfixturevalue("full_disk")
+    note = cut_after(file, 2)
+    assert note.endswith(
+        "1 of 5 lines cannot be read and stay, for it cannot be written anew (file too large)"
+    ), note
+    assert file.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
+    cut_after(file, 1)
+    assert file.read_text() == '{"step": 1}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, request):
+    file = tmp_path / "args.json"
+    file.write_text("before")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError):
+        folder.write_whole(file, b"after")
+    assert file.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_lines_that_one_may_not_cut_are_told_in_one_line(resumed, monkeypatch):
+    def refused(file, size):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "truncate", refused)
+    status, said = resumed(lambda out: None, "{out}/checkpoint-2")
+    assert status == 2
+    assert "metrics.jsonl cannot be cut behind step 2 (permission denied); a folder that" in said
