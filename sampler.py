@@ -126,12 +126,12 @@ def first_above(cdf: Tensor, target: Tensor) -> Tensor:
     """For each row the first index where cdf (B, n) exceeds target (B, 1).
 
     Such a token has a probability above 0. Rounding may put the target below 0 or at the cdf's end,
-    where none lies.
+    where none lies. Where the cdf is not a number it is the last, and its logarithm none either.
     """
     end = cdf[:, -1:]
     below_end = torch.nextafter(end, torch.zeros_like(end))
     target = torch.minimum(target.clamp(min=0.0), below_end)
-    return torch.searchsorted(cdf, target, right=True)
+    return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
 
 
 def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:

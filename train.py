@@ -58,6 +58,7 @@ from run import (
     combinations,
     display,
     drift,
+    finite,
     health,
     log,
     models,
@@ -219,6 +220,9 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
             evaluate(run, inputs.val_rows, progress.step, journal)
         at_end |= journal.asked_to_stop  # by a signal to any of the ranks
         if at_end or setup.reached(args.save_steps, progress.step, steps_per_rollout):
+            # A policy that cannot be sampled from is not saved: one completion a rank tells.
+            trial = rollout.select(list(world.part_of(M * N)[:1]))
+            finite.check_policy(world, frozen_logps(args, policy, trial), progress.step)
             progress.completions_per_step = N
             checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress, reference)
         if at_end:
@@ -378,6 +382,7 @@ def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature
         scores = score(run, own, completions, step)
     together = world.gather(list(zip(completions, scores)))
     completions, scores = (list(column) for column in zip(*together))
+    finite.check_drawn(run.args, completions, step - 1, temperature)
     rewards = torch.tensor(total(scores, run.rewards.weights))  # (N,)
     scored = time.perf_counter()
 

@@ -22,7 +22,7 @@ from sampler import first_above, truncate
 
 SUMMED_TOGETHER = 256  # tokens of a part
 # What `source` says of the functions in sampler.py that this file was written for.
-WRITTEN_FOR = "806764b48b03529c"
+WRITTEN_FOR = "83c3aa24bcdb374c"
 
 
 def draw_for() -> Callable:
@@ -74,5 +74,7 @@ def sample_tokens(
     own = parts[rows, part[:, 0]]  # (B, SUMMED_TOGETHER)
     inside = first_above(own.cumsum(-1, dtype=torch.float64), left)
     tokens = part * SUMMED_TOGETHER + inside  # (B, 1)
+    # Of what is not a number the last one, which may be padding.
+    tokens = tokens.clamp(max=probabilities.shape[1] - 1)
     logps = probabilities.gather(1, tokens).log()
     return tokens[:, 0], logps[:, 0]

@@ -32,6 +32,8 @@ def main(argv: list[str]) -> None:
         chat(Model(args))
     except UsageError as error:
         flags.fail(str(error))
+    except FloatingPointError as error:
+        flags.fail(str(error), status=1)
     except KeyboardInterrupt:
         print("\ngood-bye")
         sys.exit(130)
@@ -125,7 +127,12 @@ def draw(sampler, prompt_ids: list[int], seed: int) -> Iterator[int]:
         decoder = sampler.decoder(model, [tuple(prompt_ids)], first_row)
         logits = decoder.logits  # (1, V)
         for t in range(len(uniforms)):
-            token, _ = sampler.draw(logits, uniforms[t : t + 1], *sampler.distribution)
+            token, logp = sampler.draw(logits, uniforms[t : t + 1], *sampler.distribution)
+            if not logp.isfinite():
+                raise FloatingPointError(
+                    "the checkpoint gives log-probabilities that are not finite; an earlier one, or "
+                    "a larger --temperature, works"
+                )
             yield token.item()
             if token.item() in sampler.ends or t + 1 == len(uniforms):
                 return

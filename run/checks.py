@@ -15,7 +15,7 @@ from pathlib import Path
 
 import data
 from data import UsageError
-from run import checkpoints, combinations, models, placement, readers, templates
+from run import combinations, models, placement, readers, start, templates
 from run.display import phase
 from run.fingerprint import Fingerprint
 from run.judge import Judge
@@ -51,7 +51,7 @@ def prepare(args: argparse.Namespace, world) -> Inputs:
     inputs = together(world, read_inputs, args, world)
     if world.size > 1:
         agree(world, contents(args, inputs))
-    inputs.lock = together(world, checkpoints.start_folder, args, world)
+    inputs.lock = together(world, start.start_folder, args, world)
     return inputs
 
 
@@ -120,7 +120,7 @@ def read_inputs(args: argparse.Namespace, world) -> Inputs:
     if args.use_vllm:
         placement.device_of(args)
     if world.is_main:  # it alone writes; other nodes may have disks of their own
-        checkpoints.check_folder(args)
+        start.check_folder(args)
     load_plugins(args.external_plugins)
     judge = Judge(args.accuracy_timeout)
     settings = vars(args) | {"judge": judge, "device": world.device}

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from data import UsageError, one_line
+from run import display
 
 OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs", "evaluations")
 OF_A_RUN += ("report.html", "curve.png")
@@ -41,19 +43,27 @@ def lock(folder: Path) -> FileLock:
     UsageError while another process has it. The kernel gives it back however a process ends.
     """
     held = FileLock(folder / ".lock", timeout=0, is_singleton=True)
-    holder = folder / ".holder"
     try:
         held.acquire()
     except Timeout as error:
-        who = "another process"
-        with suppress(OSError):
-            who = holder.read_text(encoding="utf-8").strip() or who
+        who = holder(folder) or "another process"
         raise UsageError(
             f"--output_dir {folder}: {who} trains there; another folder, or the end of that "
             "run, works"
         ) from error
-    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    (folder / ".holder").write_text(this_process() + "\n", encoding="utf-8")
     return held
+
+
+def holder(folder: Path) -> str:
+    """Who had the lock last; "" where that cannot be told."""
+    with suppress(OSError, ValueError):
+        return (folder / ".holder").read_text(encoding="utf-8").strip()
+    return ""
+
+
+def this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def refuse_taken(folder: Path) -> None:
@@ -61,6 +71,50 @@ def refuse_taken(folder: Path) -> None:
     if (folder / ".lock").exists():
         with suppress(OSError):
             lock(folder).release()
+
+
+class Hold:
+    """A folder that is this process's for as long as this lives. A lock is a file: whoever removes
+    the folder amid the run removes it, too, and another run could start there."""
+
+    def __init__(self, folder: Path, args: str):
+        self.folder, self.args = folder, args  # args: the text of args.json
+        self.lock = lock(folder)
+        self.file = (folder / ".lock").stat()  # which one it is; None while there is none
+        HOLDS[folder] = self
+
+    def write_args(self) -> None:
+        write_whole(self.folder / "args.json", self.args.encode())
+
+    def renew(self) -> None:
+        """Take the folder anew if it, or its lock, is not the one that was taken. UsageError if
+        another process has it."""
+        with suppress(FileNotFoundError):
+            there = (self.folder / ".lock").stat()
+            if self.file and os.path.samestat(there, self.file):
+                return
+        self.file = None
+        self.lock.release(force=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = holder(self.folder)
+        self.lock = lock(self.folder)
+        if last not in ("", this_process()):  # a run that has come and gone
+            move_away(of_a_run(self.folder), self.folder, "another run")
+        self.write_args()
+        self.file = (self.folder / ".lock").stat()
+        display.warn(
+            f"--output_dir {self.folder}: its lock was removed amid the run; it is taken anew, with "
+            "args.json"
+        )
+
+
+HOLDS = weakref.WeakValueDictionary()  # a folder → this process's Hold, if there is one
+
+
+def keep(folder: Path) -> None:
+    """Whoever writes to a run's folder asks first whether it is still this run's: see `Hold.renew`."""
+    if folder in HOLDS:
+        HOLDS[folder].renew()
 
 
 # What is in it ----------------------------------------------------------------------------------
@@ -73,6 +127,12 @@ def checkpoints(folder: str | Path) -> list[Path]:
         if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             found.append(path)
     return sorted(found, key=checkpoint_step)
+
+
+def of_a_run(folder: Path) -> list[Path]:
+    """All that a run has written there."""
+    files = [path for name in OF_A_RUN for path in folder.glob(name)]
+    return files + checkpoints(folder)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -165,6 +225,18 @@ def free(path: Path) -> Path:
         number += 1
         found = path.with_name(f"{path.name}-{number}")
     return found
+
+
+def write_whole(file: Path, text: bytes) -> None:
+    """A file is as it was, or as it shall be: never in between, and nothing beside it is left."""
+    beside = file.with_name(file.name + ".new")
+    try:
+        beside.write_bytes(text)
+        beside.replace(file)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def sync(path: Path) -> None:

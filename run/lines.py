@@ -1,14 +1,17 @@
 """metrics.jsonl and completions.jsonl: lines that are whole, whatever happens to disk or process.
 
-A line that cannot be written, because the disk is full or the folder is gone, is kept and written
-with a later one: training goes on, and says so once. A resumed run forgets the lines of steps that
+A line that cannot be written, because the disk is full, is kept and written with a later one:
+training goes on, and says so once. A folder that is gone is made and taken anew, unless another run
+has taken it: that ends this one (folder.Hold). A resumed run forgets the lines of steps that
 its checkpoint does not know of.
 """
 
 import json
+import os
 from pathlib import Path
 
 from data import one_line
+from run.folder import keep, write_whole
 
 MOST_KEPT = 100_000  # lines in memory, of which one takes about a kilobyte
 
@@ -26,6 +29,7 @@ class Lines:
         self.waiting += [json.dumps(thing, default=str) + "\n" for thing in objects]
         del self.waiting[:-MOST_KEPT]
         try:
+            keep(self.file.parent)
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._append("".join(self.waiting).encode())
         except OSError as error:
@@ -54,12 +58,14 @@ class Lines:
 
 def cut_after(file: Path, step: int) -> str | None:
     """Forget what a run wrote that got further than the checkpoint at `step`. Returns a line to
-    tell if there were others that cannot be read."""
+    tell if there were others that cannot be read. OSError, with the file as it was, if it cannot
+    be written to: on a full disk it can, for what is cut off its end takes no room."""
     if not file.exists():
         return None
-    kept, unread = [], 0
+    kept, unread, end, whole = [], 0, 0, 0
     lines = file.read_bytes().splitlines(keepends=True)
     for line in lines:
+        end += len(line)
         try:
             is_known = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
@@ -67,9 +73,15 @@ def cut_after(file: Path, step: int) -> str | None:
             continue
         if is_known and line.endswith(b"\n"):
             kept.append(line)
-    beside = file.with_name(file.name + ".new")
-    beside.write_bytes(b"".join(kept))
-    beside.replace(file)
+            whole = end  # bytes up to here
+    if whole < end:
+        os.truncate(file, whole)
+    what = "are left out"
+    if sum(map(len, kept)) < whole:
+        try:
+            write_whole(file, b"".join(kept))
+        except OSError as error:
+            what = f"stay, for it cannot be written anew ({one_line(error)})"
     if not unread:
         return None
-    return f"{file}: {unread} of {len(lines)} lines cannot be read and are left out"
+    return f"{file}: {unread} of {len(lines)} lines cannot be read and {what}"

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from data import UsageError, one_line
 from rewards import COUNTERS as OF_REWARDS
 from run import checkpoints, display, reports, shown
 from run.display import screen
@@ -197,7 +198,12 @@ class Log:
             self.completions_file,
             Lines(self.folder / "tokens.jsonl"),
         ):
-            note = cut_after(lines.file, step)
+            try:
+                note = cut_after(lines.file, step)
+            except OSError as error:
+                what = f"{lines.file.name} cannot be cut behind step {step} ({one_line(error)})"
+                works = "a folder that you may write to works"
+                raise UsageError(f"--output_dir {self.folder}: {what}; {works}") from error
             if note:
                 display.say(note)
         if step >= self.max_steps:

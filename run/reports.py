@@ -7,11 +7,15 @@ one, add its class to REPORTERS and its name to the flag in run/log.py.
 import io
 import os
 import shlex
+import threading
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from data import one_line
 from run import display
 from run.console import harmless
 
@@ -23,6 +27,7 @@ class TensorBoard:
     def __init__(self, args):
         from torch.utils.tensorboard import SummaryWriter
 
+        hush_writers()
         self.writer = SummaryWriter(str(Path(args.output_dir) / "runs"))
 
     def metrics(self, line: dict[str, float], step: int) -> None:
@@ -42,6 +47,18 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def hush_writers() -> None:
+    """TensorBoard writes in a thread, and raises what the thread has met at the next call: no
+    traceback of the thread's own."""
+    before = threading.excepthook
+
+    def hook(met) -> None:
+        if not type(met.thread).__module__.startswith("tensorboard."):
+            before(met)
+
+    threading.excepthook = hook
 
 
 def as_markdown(record: dict) -> str:
@@ -114,7 +131,37 @@ class Trackio:
 REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def of(args) -> list:
+class Guarded:
+    """A report that may fail, as on a full disk: it says so once, and the run goes on without it."""
+
+    def __init__(self, name: str, make: Callable):
+        self.name, self.report, self.failed = name, None, False
+        self._try(lambda: setattr(self, "report", make()))
+
+    def metrics(self, line: dict[str, float], step: int) -> None:
+        self._try(lambda: self.report.metrics(line, step))
+
+    def batch(self, batch, prefix: str, step: int) -> None:
+        self._try(lambda: self.report.batch(batch, prefix, step))
+
+    def completions(self, records: list[dict], prefix: str, step: int) -> None:
+        self._try(lambda: self.report.completions(records, prefix, step))
+
+    def close(self) -> None:
+        self._try(lambda: self.report.close())
+
+    def _try(self, call: Callable) -> None:
+        if self.failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            self.failed = True
+            what = one_line(error) or type(error).__name__
+            display.warn(f"--report_to {self.name}: failed ({what}); training goes on without it")
+
+
+def of(args) -> list[Guarded]:
     """Those of --report_to, opened."""
     names = dict.fromkeys(args.report_to)
-    return [REPORTERS[name](args) for name in names if name in REPORTERS]
+    return [Guarded(name, partial(REPORTERS[name], args)) for name in names if name in REPORTERS]

@@ -2,7 +2,7 @@
 
 told what is wrong     status   who
 a flag, a file, data   2        said once, or once on each node before the ranks have met
-a reward, a sampler, a checkpoint, a gradient that is not finite
+a reward, a sampler, a checkpoint, numbers that are not finite (run/finite.py)
                        1        with how to go on from the last checkpoint
 no memory is left      1        the rank that asked for it
 another rank is lost   1        every rank, by the watch (run/watch.py)
@@ -77,8 +77,10 @@ def session(args: argparse.Namespace, world: dist.World, advice=how_to_resume) -
         except UsageError as error:
             flags.fail(str(error))
         except FloatingPointError as error:
-            helps = "a smaller --learning_rate or --max_grad_norm helps"
-            flags.fail(f"{error}; {helps}; {advice(args)}", status=1)
+            helps = ""
+            if advice is how_to_resume:  # an evaluation changes no weights
+                helps = "a smaller --learning_rate or --max_grad_norm helps; "
+            flags.fail(f"{error}; {helps}{advice(args)}", status=1)
         except (RewardError, SamplerError, SaveError) as error:
             flags.fail(f"{error}; {advice(args)}", status=1)
         except stop.Ended as signal:

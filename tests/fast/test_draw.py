@@ -33,6 +33,18 @@ def test_no_uniform_number_draws_a_token_of_probability_zero():
     assert ((tokens >= 400) & (tokens < 500)).all()
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (1.0, 5), (1.0, 1)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_of_logits_that_are_not_finite_a_token_is_drawn_that_has_no_probability(
+    value, top_p, top_k
+):
+    logits = torch.randn(3, 1000)  # which leaves padding behind the last part
+    logits[1, slice(None) if value < 0 else 7] = value
+    tokens, logps = fast.sample_tokens(logits, torch.tensor([0.0, 0.5, 0.9]), 0.8, top_p, top_k)
+    assert ((tokens >= 0) & (tokens < 1000)).all()
+    assert logps.isfinite().tolist() == [True, False, True]
+
+
 def without_a_token(logits, *settings):
     """Somebody's idea."""
     logits[:, 7] = -torch.inf

@@ -6,14 +6,17 @@ import re
 import resource
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
 from conftest import flags_for, train_here
+from processes import forked
 from safetensors.torch import load_file, save_file
 
 import train
-from run import folder
+from data import UsageError
+from run import checkpoints, folder
 from run.lines import Lines, cut_after
 
 
@@ -250,6 +253,106 @@ def test_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkey
     assert synced[-1] == (tmp_path, True)
 
 
+# Whose it is -------------------------------------------------------------------------------------
+
+
+def take(out, text):
+    """As a run of another process does, until it is killed."""
+    out.mkdir(exist_ok=True)
+    held = folder.Hold(out, text)
+    held.write_args()
+    (out / "metrics.jsonl").write_text("theirs")
+    print("taken", flush=True)
+    time.sleep(600)
+    held.renew()
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder that this process has taken, with lines and a checkpoint in it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    hold = folder.Hold(out, "ours")
+    hold.write_args()
+    (out / "metrics.jsonl").write_text("ours")
+    yield hold
+    hold.lock.release(force=True)
+
+
+@pytest.mark.parametrize("removed", ["folder", "lock", "both"])
+def test_a_folder_that_is_removed_amid_a_run_is_taken_anew_and_told(
+    removed, held, tmp_path, capsys
+):
+    out = held.folder
+    folder.keep(out)
+    assert not capsys.readouterr().out
+    if removed == "folder":
+        shutil.rmtree(out)
+    else:
+        (out / ".lock").unlink()
+    if removed == "both":
+        (out / ".holder").unlink()
+    for _ in range(2):
+        folder.keep(out)
+    assert capsys.readouterr().out.count("its lock was removed amid the run; it is taken anew") == 1
+    assert (out / "args.json").read_text() == "ours" and not (out / "earlier-1").exists()
+    assert (out / "metrics.jsonl").exists() == (removed != "folder")
+    with forked(tmp_path / "other", (take, (out, "theirs"), {})) as (other,):  # and is locked
+        status, said = other.end(60)
+    assert status and f"{folder.this_process()} trains there" in said
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_ends_this_one(held, tmp_path):
+    out = held.folder
+    shutil.rmtree(out)
+    with forked(tmp_path / "other", (take, (out, "theirs"), {})) as (other,):
+        other.says("taken", 60)
+        for write in (lambda: folder.keep(out), lambda: Lines(out / "metrics.jsonl").write([{}])):
+            with pytest.raises(UsageError, match=f"process {other.process.pid} on .* trains there"):
+                write()
+    assert (out / "metrics.jsonl").read_text() == "theirs"
+    assert (out / "args.json").read_text() == "theirs"
+
+
+def test_what_another_run_has_left_there_meanwhile_moves_away(held, tmp_path):
+    out = held.folder
+    shutil.rmtree(out)
+    with forked(tmp_path / "other", (take, (out, "theirs"), {})) as (other,):
+        other.says("taken", 60)
+    Lines(out / "metrics.jsonl").write([{"step": 4}])
+    assert (out / "metrics.jsonl").read_text() == '{"step": 4}\n'
+    assert (out / "args.json").read_text() == "ours"
+    assert (out / "earlier-1" / "metrics.jsonl").read_text() == "theirs"
+
+
+def test_a_folder_that_cannot_be_made_yet_is_taken_as_soon_as_it_can(held, tmp_path):
+    out, lines = held.folder, Lines(held.folder / "metrics.jsonl")
+    shutil.rmtree(out)
+    out.write_text("in the way")
+    assert "could not be written" in lines.write([{"step": 1}])
+    out.unlink()
+    assert lines.write([{"step": 2}]) is None
+    assert lines.file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (out / "args.json").read_text() == "ours"
+
+
+def test_a_run_whose_folder_is_removed_saves_into_one_that_is_its_own(
+    model_folder, plugin, tmp_path, monkeypatch
+):
+    out, save = tmp_path / "out", checkpoints.save
+    words = [str(word) for word in flags_for(model_folder, plugin, out, save_steps=1, max_steps=2)]
+
+    def removed(args, world, policy, tokenizer, optimizer, progress, reference):
+        if progress.step == 2:
+            shutil.rmtree(out)
+        save(args, world, policy, tokenizer, optimizer, progress, reference)
+
+    monkeypatch.setattr(checkpoints, "save", removed)
+    said = train_here(*words)
+    assert "its lock was removed amid the run; it is taken anew" in said
+    assert {"args.json", ".lock", ".holder", "checkpoint-2"} == {p.name for p in out.iterdir()}
+
+
 # Lines -------------------------------------------------------------------------------------------
 
 
@@ -282,3 +385,45 @@ def test_lines_beyond_a_checkpoint_are_forgotten(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert cut_after(file, 2) is None
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.fixture
+def full_disk():
+    """By a limit on the size of files: what is there can be cut, and nothing can be written."""
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, limit))
+
+
+def test_lines_beyond_a_checkpoint_are_forgotten_on_a_full_disk_too(tmp_path, request):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n{"st')
+    request.getfixturevalue("full_disk")
+    note = cut_after(file, 2)
+    assert note.endswith(
+        "1 of 5 lines cannot be read and stay, for it cannot be written anew (file too large)"
+    ), note
+    assert file.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
+    cut_after(file, 1)
+    assert file.read_text() == '{"step": 1}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, request):
+    file = tmp_path / "args.json"
+    file.write_text("before")
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError):
+        folder.write_whole(file, b"after")
+    assert file.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_lines_that_one_may_not_cut_are_told_in_one_line(resumed, monkeypatch):
+    def refused(file, size):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "truncate", refused)
+    status, said = resumed(lambda out: None, "{out}/checkpoint-2")
+    assert status == 2
+    assert "metrics.jsonl cannot be cut behind step 2 (permission denied); a folder that" in said

@@ -24,6 +24,7 @@ from conftest import (
     train_here,
 )
 from processes import forked
+from safetensors.torch import save_file
 
 import data
 import rewards
@@ -261,6 +262,23 @@ def test_a_damaged_adapter_is_one_line(runs, tmp_path, capsys):
         chat.main([str(folder)])
     (line,) = capsys.readouterr().err.splitlines()
     assert str(file) in line and line.endswith("a whole checkpoint works")
+
+
+def test_weights_that_no_token_can_be_drawn_by_are_one_line(runs, tmp_path, capsys, monkeypatch):
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    folder = max((tmp_path / "run").glob("checkpoint-*"))
+    weights = checkpoint_weights(folder)
+    huge = {name: tensor + 1e30 for name, tensor in weights.items()}
+    save_file(huge, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as end:
+        converse(monkeypatch, "What is 2 + 2?\n", folder)
+    assert end.value.code == 1
+    assert "the checkpoint gives log-probabilities" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([str(folder), "--output_dir", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and "a policy whose log-probabilities are not finite" in line
+    assert "learning_rate" not in line and line.endswith("the checkpoint stays as it is")
 
 
 def test_a_wrong_command_line_is_answered_before_torch_is_imported(runs):
