@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import dist
 import lora
 from data import UsageError, either
 from run import adapters
+from run import folder as folders
+from run import reference as run_reference
 from run.flags import EMBEDDED_MODEL, first_line
 from run.log import say
 
@@ -173,21 +175,24 @@ def template_of(args: argparse.Namespace) -> dict:
 
 
 def check_checkpoint(args: argparse.Namespace, model) -> None:
-    """Whether the checkpoint to resume is of the parameters that this model trains."""
+    """Whether the checkpoint to resume is of the parameters that this model trains, and a reference
+    in it of those that it has."""
     folder = Path(args.resume_from_checkpoint)
-    try:
-        with safe_open(folder / "optimizer.safetensors", "pt") as file:
-            names = [name for name in file.keys() if name.startswith("master.")]  # noqa: SIM118
-            there = {n.removeprefix("master."): file.get_slice(n).get_shape() for n in names}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"--resume_from_checkpoint {folder}: not a whole checkpoint ({first_line(error)})"
-        ) from error
-    here = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    every = {name: list(p.shape) for name, p in model.named_parameters()}
+    trained = {name: every[name] for name, p in model.named_parameters() if p.requires_grad}
+    compare(folder, folders.OPTIMIZER, folders.KEPT[0] + ".", trained)  # the moments are as these
+    if args.sync_ref_model and (folder / run_reference.FILE).exists():
+        compare(folder, run_reference.FILE, "", every)
+
+
+def compare(folder: Path, file: str, prefix: str, here: dict[str, list[int]]) -> None:
+    """UsageError unless the tensors of this prefix in a checkpoint's file have these shapes."""
+    there = folders.shapes_of(folder / file)
+    there = {n.removeprefix(prefix): shape for n, shape in there.items() if n.startswith(prefix)}
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
             raise UsageError(
-                f"--resume_from_checkpoint {folder}: {name} is {there.get(name, 'absent')} there "
-                f"and {here.get(name, 'absent')} in this run; the --model, --train_type, "
-                "--lora_rank and --target_modules of then work"
+                f"--resume_from_checkpoint {folder}: in {file} {name} is "
+                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} in this run; "
+                "the --model, --train_type, --lora_rank and --target_modules of then work"
             )
