@@ -290,10 +290,8 @@ def optimizer_state(optimizer: dist.ZeroAdamW) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: dist.ZeroAdamW, state: dict[str, Tensor]) -> None:
-    """Take a full state, and the parameters with it; all that it needs to have is `state[name]`.
-
-    KeyError or RuntimeError if it is of other parameters.
-    """
+    """Take a full state, and the parameters with it; all that it needs to have is `state[name]`,
+    of these parameters' shapes."""
     optimizer.steps = int(state["steps"])
     for bucket in optimizer.buckets:
         for kind in folders.KEPT:

@@ -260,7 +260,8 @@ def test_a_damaged_adapter_is_one_line(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         chat.main([str(folder)])
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(file) in line and line.endswith("a whole checkpoint works")
+    assert f"{folder}: {file.name} cannot be read (" in line
+    assert line.endswith("a whole checkpoint works")
 
 
 def test_a_wrong_command_line_is_answered_before_torch_is_imported(runs):
