@@ -7,6 +7,7 @@ import resource
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import flags_for, train_here
 from safetensors.torch import load_file, save_file
 
 import train
-from run import folder
+from run import folder, tokens
 from run.lines import Lines, cut_after
 
 
@@ -334,3 +335,16 @@ def test_lines_beyond_a_checkpoint_are_forgotten(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert cut_after(file, 2) is None
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_tokens_that_find_no_room_are_told(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    recorder = object.__new__(tokens.Recorder)
+    world = SimpleNamespace(is_main=True)
+    recorder.run = SimpleNamespace(world=world, args=SimpleNamespace(num_generations=1))
+    recorder.lines, recorder.drawn = Lines(tmp_path / "out" / "tokens.jsonl"), 1
+    recorder._group = lambda places, numbers: {}
+    for step in (1, 2):
+        recorder._write(step, {}, [0])
+    said = capsys.readouterr().out
+    assert said.count("tokens.jsonl could not be written (") == 1
