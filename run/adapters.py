@@ -12,7 +12,8 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from data import UsageError
+from data import UsageError, one_line
+from run import folder as folders
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -86,9 +87,12 @@ def beyond_lora(config: dict) -> str | None:
         return f"bias {config['bias']}"
     if config.get("init_lora_weights", True) not in STARTS:
         return f"init_lora_weights {config['init_lora_weights']}"
-    for name in ("r", "lora_alpha", "base_model_name_or_path"):
-        if not config[name]:
+    kinds = {"r": int, "lora_alpha": int | float, "base_model_name_or_path": str}
+    for name, kind in kinds.items():
+        if not config[name] or not isinstance(config[name], kind):
             return f"{name} {config[name]}"
+    if not isinstance(config.get("lora_dropout", 0.0), int | float):
+        return f"lora_dropout {config['lora_dropout']}"
     for name, value in config.items():
         if value and name not in READ | SELECT | SILENT:
             return f"{name} {shown(value)}"
@@ -101,7 +105,8 @@ def settings_of(config: dict, folder: str) -> dict:
     if config.get("use_rslora"):  # scaled by α / √r, where plain LoRA has α / r
         alpha *= math.sqrt(config["r"])
     targets = config["target_modules"]
-    if not isinstance(targets, list) or any(config.get(name) for name in SELECT):
+    is_names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not is_names or any(config.get(name) for name in SELECT):
         targets = sorted(names_of(folder))
     return {
         "lora_rank": config["r"],
@@ -127,15 +132,13 @@ def tensor_name(layer: str, part: str) -> str:
 
 def shapes_of(folder: str | Path) -> dict[str, list[int]]:
     """The shape of each tensor by its name there."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(Path(folder) / WEIGHTS, "np") as file:
-            names = list(file.keys())
-            return {name: list(file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
-        problem = f"{Path(folder) / WEIGHTS}: cannot be read ({error}); a whole checkpoint works"
-        raise UsageError(problem) from error
+        return folders.shapes_of(Path(folder) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        problem = f"{WEIGHTS} cannot be read ({one_line(error)}); a whole checkpoint works"
+        raise UsageError(f"--adapters {folder}: {problem}") from error
 
 
 def names_of(folder: str | Path) -> set[str]:

@@ -187,14 +187,12 @@ def save_adapters(
 
 # The optimizer's state: full tensors by parameter name ------------------------------------------
 
-KEPT = ("master", "exp_avg", "exp_avg_sq")  # of each dist.Bucket
-
 
 def optimizer_state(optimizer: dist.ZeroAdamW) -> dict[str, Tensor]:
     """The full state on the CPU of rank 0, empty on the others. Every rank has to call it."""
     state = {"steps": torch.tensor(optimizer.steps)}
     for bucket in optimizer.buckets:
-        for kind in KEPT:
+        for kind in folders.KEPT:
             flat = full_state(optimizer, bucket, getattr(bucket, kind))  # collective
             if optimizer.rank > 0:
                 continue
@@ -205,13 +203,11 @@ def optimizer_state(optimizer: dist.ZeroAdamW) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: dist.ZeroAdamW, state: dict[str, Tensor]) -> None:
-    """Take a full state, and the parameters with it; all that it needs to have is `state[name]`.
-
-    KeyError or RuntimeError if it is of other parameters.
-    """
+    """Take a full state, and the parameters with it; all that it needs to have is `state[name]`,
+    of these parameters' shapes."""
     optimizer.steps = int(state["steps"])
     for bucket in optimizer.buckets:
-        for kind in KEPT:
+        for kind in folders.KEPT:
             values = (state[f"{kind}.{name}"] for name in bucket.names)  # one at a time
             flat = flat_state(optimizer, bucket, values)
             if kind == "master":  # the parameters are these, rounded to their dtype

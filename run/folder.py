@@ -28,9 +28,11 @@ from run import display
 OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs", "evaluations")
 OF_A_RUN += ("report.html", "curve.png")
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+KEPT = ("master", "exp_avg", "exp_avg_sq")  # of each parameter, and of each dist.Bucket
 # Endings of folders that are not whole yet, or not whole any more: a kill may leave them.
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+COUNTS = ("num_tokens", "draws", "prompts", "completions_per_step")  # beside the step
 LEFT = re.compile(rf"{NAME.pattern}({UNFINISHED}|{REMOVED}(-[0-9]+)?)")
 
 
@@ -147,21 +149,55 @@ def fault(checkpoint: Path) -> str:
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         step, named = state["step"], NAME.fullmatch(checkpoint.name)
-        if not isinstance(step, int) or step < 0:
+        if not is_count(step):
             return f"{STATE} has no step"
         if named and int(named[1]) != step:  # by which it would be sorted, kept and moved away
             return f"{STATE} is of step {step}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name in COUNTS:  # of which an earlier version wrote but some
+            if state.get(name) is not None and not is_count(state[name]):
+                return f"{STATE} says {name} {state[name]!r:.40}"
+        if not all(isinstance(line, dict) for line in state.get("unlogged", [])):
+            return f"{STATE} has metrics that are none"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{STATE} cannot be read: {one_line(error)}"
     files = list(checkpoint.glob("*.safetensors"))
     if not any(file.name.startswith(("model", "adapter_model")) for file in files):
         return "it has no weights"
     for file in files:
         try:
-            with safe_open(file, "pt"):  # which compares the file's size with its table
-                pass
+            shapes_of(file)
         except (OSError, SafetensorError) as error:
             return f"{file.name} cannot be read: {one_line(error)}"
+    return fault_of_state(checkpoint / OPTIMIZER, step)
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def shapes_of(file: Path) -> dict[str, list[int]]:
+    """The shape of each tensor by its name. It compares the file's size with its table."""
+    with safe_open(file, "np") as tensors:
+        names = list(tensors.keys())
+        return {name: list(tensors.get_slice(name).get_shape()) for name in names}
+
+
+def fault_of_state(file: Path, step: int) -> str:
+    """Why the optimizer's state is not whole: what it holds of one parameter belongs together.
+    Whether it is of a run's parameters, models.check_checkpoint tells."""
+    shapes = shapes_of(file)
+    if shapes.get("steps") != []:
+        return f"{file.name} has no number of steps"
+    with safe_open(file, "np") as state:
+        steps = int(state.get_tensor("steps"))
+    if steps != step:
+        return f"{file.name} is of step {steps}"
+    parameters = {name.partition(".")[2] for name in shapes if name != "steps"}
+    for parameter in sorted(parameters):
+        first, *others = (shapes.get(f"{kind}.{parameter}", "absent") for kind in KEPT)
+        for kind, shape in zip(KEPT[1:], others):
+            if shape != first:
+                return f"{file.name}: {kind}.{parameter} is {shape}, its {KEPT[0]} {first}"
     return ""
 
 

@@ -42,8 +42,8 @@ from run.answers import quick_verdict, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20
-MOST_WORKERS = 16
-MEMORY = 4 << 30  # bytes for all of them together
+MOST_WORKERS = 16  # on a machine: its ranks have a judge each, and share them out
+MEMORY = 4 << 30  # bytes for all of them together, on all ranks of a machine
 SILENCE = 60.0  # seconds; a judge that lives says something each second, on a busy machine later
 RESTARTS = "rewards/accuracy/judge_restarts"  # the metric: processes that had to be replaced
 TIMERS = {signal.SIGPROF, signal.SIGALRM}  # of processor time, and of real time
@@ -165,9 +165,16 @@ def judge_main(timeout: float) -> None:
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         cores = len(os.sched_getaffinity(0))
+    workers = workers_of(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for line in sys.stdin.buffer:
-        print(json.dumps(compare(json.loads(line), timeout, cores)), flush=True)
+        print(json.dumps(compare(json.loads(line), timeout, cores, workers)), flush=True)
     os.killpg(0, signal.SIGKILL)
+
+
+def workers_of(ranks: int) -> int:
+    """How many one of so many judges may have. It has at least one, so that beyond MOST_WORKERS
+    ranks on a machine they take more than MEMORY."""
+    return max(1, MOST_WORKERS // ranks)
 
 
 def end_with(trainer: int) -> None:
@@ -192,7 +199,7 @@ class Worker:
     overdue: bool = False  # ended for its silence
 
 
-def compare(pairs, timeout, cores, slow=0.1, most_workers=MOST_WORKERS) -> list[str]:
+def compare(pairs, timeout, cores, most_workers=MOST_WORKERS, slow=0.1) -> list[str]:
     """Verdicts on the pairs. An answer may hold up those behind it for `slow` processor seconds."""
     verdicts = [CRASH] * len(pairs)
     # Neighbours stay together, for the completions of a group share their reference.
@@ -278,6 +285,8 @@ def fork_worker(pairs, timeout, memory=MEMORY // MOST_WORKERS) -> tuple[int, int
             signal.signal(timer, signal.SIG_DFL)  # it ends the process
         for stream in (0, 1, 2):  # what sympy prints must not reach the trainer
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+        os.closerange(3, write)  # other workers' pipes, which bring their verdicts
+        os.closerange(write + 1, 256)
         with suppress(ValueError, OSError):  # where there is no /proc, there is no limit
             most = memory + address_space()
             resource.setrlimit(resource.RLIMIT_AS, (most, most))

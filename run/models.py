@@ -7,15 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import dist
 import lora
 from data import UsageError, either
 from run import adapters
+from run import folder as folders
+from run import reference as run_reference
 from run.flags import EMBEDDED_MODEL, first_line
 from run.log import say
+
+# Files of a model's folder that are an object of JSON each, where they are there.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OBJECTS = ("config.json", "generation_config.json", *TOKENIZER, "added_tokens.json")
+OBJECTS += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
@@ -25,12 +33,13 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
         raise UsageError(
             f"--model {args.model}: the embedded model is not on disk yet; make model puts it there"
         )
+    check_files("--model", args.model)
     try:
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, where a value is of another type than it should be
         refuse_code("--model", args.model, error)
         raise UsageError(
-            f"--model {args.model}: not a model folder or hub id ({first_line(error)})"
+            f"--model {args.model}: not a model folder or hub id ({reason(error)})"
         ) from error
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else None
     if weights == [] and not args.dry_run:
@@ -42,9 +51,9 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code
             )
-    except ValueError as error:
+    except Exception as error:
         raise UsageError(
-            f"--model {args.model}: not a causal language model ({first_line(error)})"
+            f"--model {args.model}: not a causal language model ({reason(error)})"
         ) from error
     refuse_recurrent(args, model)
     if args.train_type == "lora":
@@ -52,6 +61,44 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
     if args.resume_from_checkpoint and has_checkpoint:
         check_checkpoint(args, model)
     return config
+
+
+def check_files(flag: str, model: str) -> None:
+    """UsageError, of the first file in a model's folder that is damaged, of those that transformers
+    reads: some of them it would pass over, and of others not say which."""
+    folder = Path(model)
+    files = [folder / name for name in OBJECTS]
+    files += sorted([*folder.glob("model*.safetensors"), *folder.glob("*.jinja")])
+    for file in filter(Path.is_file, files):
+        try:
+            if file.suffix == ".safetensors":
+                folders.shapes_of(file)
+                continue
+            text = file.read_text(encoding="utf-8")
+            if file.suffix == ".json":
+                said = json.loads(text)
+                if not isinstance(said, dict):
+                    raise ValueError("no object of JSON")
+                token_ids(said.get("eos_token_id"))
+        except (OSError, ValueError, SafetensorError) as error:
+            problem = f"{file.name} cannot be read ({reason(error)}); a whole one works"
+            raise UsageError(f"{flag} {model}: {problem}") from error
+
+
+def token_ids(said) -> list[int]:
+    """What a configuration says of eos_token_id: one token, several or none. Else ValueError."""
+    ids = said if isinstance(said, list) else [said]
+    for value in ids:
+        if not isinstance(value, int | None):
+            raise ValueError(f"eos_token_id {value!r:.40} is no token's number")
+    return [value for value in ids if value is not None]
+
+
+def reason(error: Exception) -> str:
+    """Why a library could not read something, with the error's kind where that tells more."""
+    kind, told = type(error).__name__, first_line(error)
+    is_told = isinstance(error, OSError | ValueError | RuntimeError | SafetensorError)
+    return told if is_told or told == kind else f"{kind}: {told}"
 
 
 def refuse_code(flag: str, model: str, error: Exception) -> None:
@@ -88,27 +135,32 @@ def tell_frozen(world, model) -> None:
         say(world, f"--train_type lora: {what}; --train_type full trains them, too")
 
 
-def load(args: argparse.Namespace, from_pretrained: Callable, dtype: torch.dtype):
-    """A model with its weights, all of them from the files. UsageError if these do not fit."""
+def load(from_pretrained: Callable, flag: str, path: str, dtype, trust_remote_code: bool):
+    """A model with its weights, all of them from the files. UsageError, of the flag that names it,
+    if these do not fit."""
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would print a table of what does not fit
     try:
         model, info = from_pretrained(
-            args.model,
+            path,
             dtype=dtype,
-            trust_remote_code=args.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which then are told, and refused here
         )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # of any kind: pickled weights raise what they like
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         raise UsageError(
-            f"--model {args.model}: its weights cannot be loaded ({first_line(error)}); "
+            f"{flag} {path}: its weights cannot be loaded ({reason(error)}); "
             "a whole checkpoint works"
         ) from error
-    refuse_missing(args, info)
+    finally:
+        logging.set_verbosity(told)
+    refuse_missing(f"{flag} {path}", info)
     for name, there, here in sorted(info["mismatched_keys"])[:1]:
         raise UsageError(
-            f"--model {args.model}: {name} is {list(there)} in its files and {list(here)} by its "
+            f"{flag} {path}: {name} is {list(there)} in its files and {list(here)} by its "
             "config.json; a checkpoint whose two fit works"
         )
     return model
@@ -118,20 +170,22 @@ def refuse_not_finite(args: argparse.Namespace, model) -> None:
     """This rank's part of the weights: a sum of what is not finite is not either."""
     for name, parameter in model.named_parameters():
         if not dist.local(parameter.detach()).sum().isfinite():
+            flag = f"--model {args.model}"
+            if args.adapters and lora.last_part(name) in lora.ADAPTER:
+                flag = f"--adapters {args.adapters}"
             raise UsageError(
-                f"--model {args.model}: {name} holds numbers that are not finite; "
+                f"{flag}: {name} holds numbers that are not finite; "
                 "a checkpoint that is not damaged works"
             )
 
 
-def refuse_missing(args: argparse.Namespace, info: dict) -> None:
+def refuse_missing(given: str, info: dict) -> None:
     """What a checkpoint lacks, transformers makes up at random. info: of from_pretrained."""
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UsageError(
-            f"--model {args.model}: its weights lack {', '.join(missing[:3])}{more}; "
-            "a whole checkpoint works"
+            f"{given}: its weights lack {', '.join(missing[:3])}{more}; a whole checkpoint works"
         )
 
 
@@ -149,7 +203,11 @@ def load_tokenizer(args: argparse.Namespace):
         return AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # a broken tokenizer.json is a bare Exception
         refuse_code("--model", args.model, error)
-        message = f"--model {args.model}: no tokenizer there ({first_line(error)})"
+        there = [name for name in TOKENIZER if (Path(args.model) / name).is_file()]
+        problem = f"its tokenizer cannot be read from {', '.join(there)}"
+        if not there:
+            problem = "no tokenizer there"
+        message = f"--model {args.model}: {problem} ({reason(error)}); a whole tokenizer.json works"
         raise UsageError(message) from error
 
 
@@ -157,8 +215,11 @@ def end_tokens(policy, tokenizer) -> list[int]:
     """Every token that ends a completion: the tokenizer's, and those of the model's two configs."""
     ends = {tokenizer.eos_token_id}
     for config in (policy.config, policy.config.get_text_config(), policy.generation_config):
-        ids = getattr(config, "eos_token_id", None)  # which a composite one may not have
-        ends.update(ids if isinstance(ids, list) else [ids])
+        said = getattr(config, "eos_token_id", None)  # which a composite one may not have
+        try:
+            ends.update(token_ids(said))
+        except ValueError as error:
+            raise UsageError(f"--model: in its configuration {error}; a number works") from error
     return sorted(ends - {None})
 
 
@@ -173,21 +234,24 @@ def template_of(args: argparse.Namespace) -> dict:
 
 
 def check_checkpoint(args: argparse.Namespace, model) -> None:
-    """Whether the checkpoint to resume is of the parameters that this model trains."""
+    """Whether the checkpoint to resume is of the parameters that this model trains, and a reference
+    in it of those that it has."""
     folder = Path(args.resume_from_checkpoint)
-    try:
-        with safe_open(folder / "optimizer.safetensors", "pt") as file:
-            names = [name for name in file.keys() if name.startswith("master.")]  # noqa: SIM118
-            there = {n.removeprefix("master."): file.get_slice(n).get_shape() for n in names}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"--resume_from_checkpoint {folder}: not a whole checkpoint ({first_line(error)})"
-        ) from error
-    here = {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    every = {name: list(p.shape) for name, p in model.named_parameters()}
+    trained = {name: every[name] for name, p in model.named_parameters() if p.requires_grad}
+    compare(folder, folders.OPTIMIZER, folders.KEPT[0] + ".", trained)  # the moments are as these
+    if args.sync_ref_model and (folder / run_reference.FILE).exists():
+        compare(folder, run_reference.FILE, "", every)
+
+
+def compare(folder: Path, file: str, prefix: str, here: dict[str, list[int]]) -> None:
+    """UsageError unless the tensors of this prefix in a checkpoint's file have these shapes."""
+    there = folders.shapes_of(folder / file)
+    there = {n.removeprefix(prefix): shape for n, shape in there.items() if n.startswith(prefix)}
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
             raise UsageError(
-                f"--resume_from_checkpoint {folder}: {name} is {there.get(name, 'absent')} there "
-                f"and {here.get(name, 'absent')} in this run; the --model, --train_type, "
-                "--lora_rank and --target_modules of then work"
+                f"--resume_from_checkpoint {folder}: in {file} {name} is "
+                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} in this run; "
+                "the --model, --train_type, --lora_rank and --target_modules of then work"
             )

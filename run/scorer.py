@@ -16,13 +16,15 @@ BATCH_SIZE = 16  # chats scored at once
 
 def check(path: str, trust_remote_code: bool = False) -> "Checked":
     """UsageError if a folder or hub id is no sequence classifier with one output and a template."""
+    models.check_files("--reward_model", path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         missing = missing_head(path, config, trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, where a value is of another type than it should be
         models.refuse_code("--reward_model", path, error)
-        raise UsageError(f"--reward_model {path}: cannot be read: {one_line(error)}") from error
+        problem = f"cannot be read: {models.reason(error)}"
+        raise UsageError(f"--reward_model {path}: {problem}") from error
     if config.num_labels != 1:
         problem = f"has {config.num_labels} outputs; a model with one is needed"
         raise UsageError(f"--reward_model {path}: {problem}")
@@ -83,12 +85,7 @@ def load(path: str, torch_dtype, trust_remote_code: bool = False) -> tuple:
     UsageError if the weights lack some, which transformers would make up at random.
     """
     from_pretrained = AutoModelForSequenceClassification.from_pretrained
-    model, info = from_pretrained(
-        path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    if info["missing_keys"]:
-        missing = ", ".join(info["missing_keys"])
-        raise UsageError(f"--reward_model {path}: its weights lack {missing}")
+    model = models.load(from_pretrained, "--reward_model", path, torch_dtype, trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(
         path, padding_side="right", trust_remote_code=trust_remote_code
     )

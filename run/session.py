@@ -3,7 +3,8 @@
 told what is wrong     status   who
 a flag, a file, data   2        said once, or once on each node before the ranks have met
 a reward, a sampler, a checkpoint, numbers that are not finite (run/finite.py)
-                       1        with how to go on from the last checkpoint
+                       1        with how to go on from the last checkpoint; by rank 0 alone, if it
+                                fails, too
 no memory is left      1        the rank that asked for it
 another rank is lost   1        every rank, by the watch (run/watch.py)
 torchrun is lost       1        every rank that it started (run/stop.py)
@@ -75,14 +76,14 @@ def session(args: argparse.Namespace, world: dist.World, advice=how_to_resume) -
             if wish.agreed:
                 end_as_asked(args, world, wish.agreed, advice)
         except UsageError as error:
-            flags.fail(str(error))
+            end(watcher, world, str(error), status=2)
         except FloatingPointError as error:
             helps = ""
             if advice is how_to_resume:  # an evaluation changes no weights
                 helps = "a smaller --learning_rate or --max_grad_norm helps; "
-            flags.fail(f"{error}; {helps}{advice(args)}", status=1)
+            end(watcher, world, f"{error}; {helps}{advice(args)}", status=1)
         except (RewardError, SamplerError, SaveError) as error:
-            flags.fail(f"{error}; {advice(args)}", status=1)
+            end(watcher, world, f"{error}; {advice(args)}", status=1)
         except stop.Ended as signal:
             word = watch.Watch.ASKED
             flags.fail(f"{signal}; {advice(args)}", signal.status)
@@ -100,6 +101,15 @@ def session(args: argparse.Namespace, world: dist.World, advice=how_to_resume) -
             if watcher:
                 watcher.close(word)
             dist.stop()
+
+
+def end(watcher: watch.Watch | None, world: dist.World, line: str, status: int) -> None:
+    """End with a line, which rank 0 alone has to say of what it shares with others."""
+    if watcher is None or world.is_main:
+        flags.fail(line, status)
+    if not watcher.others_tell():
+        flags.write_line(f"{flags.program}: {line} (says {world.place})")
+    sys.exit(status)
 
 
 def end_as_asked(args: argparse.Namespace, world: dist.World, number: int, advice) -> None:

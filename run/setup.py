@@ -55,7 +55,8 @@ def load_model(
     """A model, and in words which of its parts are the quick ones."""
     # Weights of the file's own type are mapped, not read: the ranks of a node share that memory.
     dtype = getattr(torch, args.torch_dtype)
-    model = models.load(args, AutoModelForCausalLM.from_pretrained, dtype)
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+    model = models.load(from_pretrained, "--model", args.model, dtype, args.trust_remote_code)
     checks.agree_on_weights(world, model)
     if args.train_type == "lora":
         adapters.inject(args, model)

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from run import display
 from run.lines import Lines
 from run.log import records_of
 
@@ -125,7 +126,9 @@ class Recorder:
         for group in groups:
             places = range(group * G, (group + 1) * G)
             told.append({"step": step, "drawn": self.drawn, **self._group(places, numbers)})
-        self.lines.write(told)
+        problem = self.lines.write(told)
+        if problem:
+            display.warn(problem)
 
     def _group(self, places: range, numbers: dict) -> dict:
         records = records_of(self.batch.select(places), self.run)

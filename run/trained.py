@@ -2,7 +2,7 @@
 
     python -m run.evaluate | run.chat | run.merge     CHECKPOINT
         a checkpoint of LoRA or of full training, or any model's folder
-        a run's folder, for its newest checkpoint
+        a run's folder, for its newest checkpoint that is whole
 
 What is not said of system prompt, template, temperature, lengths and rewards is taken from the
 run's own args.json, which lies beside the checkpoint or above it. Nothing in here needs torch.
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from data import UsageError
 from run import adapters, flags
-from run.folder import checkpoints
+from run.console import harmless
+from run.folder import checkpoints, newest_whole
 
 # The flags of how a model is asked, and of how it is loaded.
 ASKING = ("system", "chat_template_kwargs", "response_prefix", "max_completion_length")
@@ -54,7 +55,12 @@ def find(text: str) -> Checkpoint:
         raise UsageError(f"{text}: no such folder; a checkpoint-N folder of a run works")
     kept = checkpoints(folder)
     if kept and not has_weights(folder):
-        folder = kept[-1]
+        newest, notes = newest_whole(folder)
+        folder = newest or kept[-1]  # of which but the optimizer's state may be gone
+        if notes and os.environ.get("RANK", "0") == "0":
+            told = notes if newest else notes[:1]
+            line = "; ".join([f"takes {folder}", *told])
+            print(harmless(f"{flags.program}: {line}"), file=sys.stderr, flush=True)
     if not has_weights(folder):
         raise UsageError(
             f"{text}: no checkpoint; a folder works that holds config.json and model.safetensors, "

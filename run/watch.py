@@ -180,7 +180,7 @@ class Watch:
         meeting: float,
     ):
         self.timeout, self.on_loss = timeout, on_loss
-        self.closed, self.deferred = False, threading.Event()
+        self.closed, self.deferred, self.told = False, threading.Event(), threading.Event()
         # Connections, and who is at their other ends: all others on rank 0, rank 0 on the others.
         self.peers: dict[socket.socket, str] = {}
         if rank == 0:
@@ -211,6 +211,11 @@ class Watch:
         process."""
         self.deferred.set()
         self.thread.join(self.GRACE)
+
+    def others_tell(self) -> bool:
+        """This process has failed: whether rank 0 has, too, or knows of one that has, and told why.
+        A failure that ranks share comes to all of them at about the same time."""
+        return self.told.wait(self.GRACE)
 
     # Meeting
 
@@ -296,6 +301,8 @@ class Watch:
                     connection, place = key.fileobj, self.peers[key.fileobj]
                     said = connection.recv(4096)
                     heard[connection] = time.monotonic()
+                    if self.FAILED in said:
+                        self.told.set()
                     told = said.strip(self.ALIVE + self.FAILED + self.DONE + self.ASKED)
                     if told:  # rank 0 has lost another one
                         line = harmless(told.decode(errors="replace"), keep="")

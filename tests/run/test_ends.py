@@ -14,7 +14,11 @@ from processes import FORK, forked, places, run_forked
 
 import dist
 import train
+from data import UsageError
+from rewards import RewardError
 from run import flags, session, stop
+from run.checkpoints import SaveError
+from sampler import SamplerError
 
 HERE = socket.gethostname()
 ENDLESS = {"max_steps": 100_000, "reward_funcs": ["vowels", "accuracy"]}
@@ -201,6 +205,50 @@ def test_an_update_to_weights_that_are_not_finite_ends_every_rank_at_that_step(
     line = "train.py: update 1 made weights that are not finite; a smaller --learning_rate or "
     assert line in said and "Traceback" not in said, said
     assert not list(out.glob("checkpoint-*")) and steps_in(out) == 0
+
+
+SHARED = {
+    "a reward": (RewardError("reward r, step 1, row 0: no such file"), 1),
+    "a sampler": (SamplerError("--use_vllm true: the engine has ended"), 1),
+    "a checkpoint": (SaveError("--output_dir out: no room"), 1),
+    "an update": (FloatingPointError("the gradient norm is nan"), 1),
+    "a file": (UsageError("--model m: no such file"), 2),
+}
+
+
+def fail_in_session(folder, failing, case):
+    """A run of several ranks, of which those that are named fail."""
+    world = dist.find_world("cpu")
+    args = flags.parse_args(["--dataset", "x", "--output_dir", str(folder)])
+    with session.session(args, world):
+        if world.rank in failing:
+            raise SHARED[case][0]
+        world.barrier()  # in which it waits for the others
+
+
+def ends_of(tmp_path, failing, case) -> list[tuple[int, str]]:
+    jobs = [(fail_in_session, (tmp_path, failing, case), place) for place in places(3)]
+    with forked(tmp_path, *jobs) as ranks:
+        return [rank.end(timeout=60) for rank in ranks]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_failure_that_all_ranks_share_is_told_once(case, tmp_path):
+    error, status = SHARED[case]
+    ends = ends_of(tmp_path, {0, 1, 2}, case)
+    assert [ended for ended, _ in ends] == [status] * 3
+    assert ends[0][1].startswith(f"train.py: {error}") and ends[0][1].count("\n") == 1
+    assert not ends[1][1] and not ends[2][1], ends
+
+
+@pytest.mark.parametrize("case", ["a reward", "a file"])
+def test_a_failure_of_one_rank_is_told_by_it_and_its_end_by_the_others(case, tmp_path):
+    error, status = SHARED[case]
+    ends = ends_of(tmp_path, {1}, case)
+    assert ends[1][0] == status and ends[1][1].startswith(f"train.py: {error}")
+    assert f"(says rank 1 on {HERE})" in ends[1][1]
+    for ended, said in (ends[0], ends[2]):
+        assert ended == 1 and "lost rank 1 on " in said and "it failed, and has told why" in said
 
 
 @pytest.fixture

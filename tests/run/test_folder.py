@@ -8,15 +8,17 @@ import shutil
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import flags_for, train_here
 from processes import forked
 from safetensors.torch import load_file, save_file
 
 import train
 from data import UsageError
-from run import checkpoints, folder
+from run import checkpoints, folder, tokens
 from run.lines import Lines, cut_after
 
 
@@ -70,7 +72,58 @@ def write(name, text):
     return lambda out: (out / "checkpoint-3" / name).write_text(text)
 
 
+def change(how, name="optimizer.safetensors"):
+    """how: what is done to the tensors of that file, a dict."""
+
+    def damage(out):
+        tensors = load_file(out / "checkpoint-3" / name)
+        how(tensors)
+        save_file(tensors, out / "checkpoint-3" / name)
+
+    return damage
+
+
+def one_of(tensors, kind) -> str:
+    return min(name for name in tensors if name.startswith(kind))
+
+
+def lacks(kind):
+    return change(lambda state: state.pop(one_of(state, kind)))
+
+
+def one_number(kind):
+    """Of a shape that would be broadcast."""
+    return change(lambda state: state.update({one_of(state, kind): torch.ones(1)}))
+
+
 DAMAGES = {
+    "no number of steps": (lacks("steps"), "optimizer.safetensors has no number of steps"),
+    "two numbers of steps": (
+        change(lambda state: state.update(steps=torch.tensor([3, 3]))),
+        "optimizer.safetensors has no number of steps",
+    ),
+    "state of another step": (
+        change(lambda state: state.update(steps=torch.tensor(2))),
+        "optimizer.safetensors is of step 2",
+    ),
+    "no weights of a parameter": (lacks("master."), "_proj.lora_A is [8, 48], its master absent"),
+    "no first moment": (lacks("exp_avg."), "_proj.lora_A is absent, its master [8, 48]"),
+    "no second moment": (lacks("exp_avg_sq."), "_proj.lora_A is absent, its master [8, 48]"),
+    "a first moment of one number": (one_number("exp_avg."), "is [1], its master [8, 48]"),
+    "a second moment of one number": (one_number("exp_avg_sq."), "is [1], its master [8, 48]"),
+    "a list of progress": (write("trainer_state.json", "[3]"), "trainer_state.json cannot be read"),
+    "a word for a count": (
+        write("trainer_state.json", '{"step": 3, "draws": "x"}'),
+        "trainer_state.json says draws 'x'",
+    ),
+    "a half of a count": (
+        write("trainer_state.json", '{"step": 3, "completions_per_step": 1.5}'),
+        "trainer_state.json says completions_per_step 1.5",
+    ),
+    "no metrics": (
+        write("trainer_state.json", '{"step": 3, "unlogged": [1]}'),
+        "trainer_state.json has metrics that are none",
+    ),
     "truncated state": (truncate("optimizer.safetensors"), "optimizer.safetensors cannot be read"),
     "truncated weights": (truncate("adapter_model.safetensors"), "adapter_model.safetensors cann"),
     "no state": (
@@ -427,3 +480,16 @@ def test_lines_that_one_may_not_cut_are_told_in_one_line(resumed, monkeypatch):
     status, said = resumed(lambda out: None, "{out}/checkpoint-2")
     assert status == 2
     assert "metrics.jsonl cannot be cut behind step 2 (permission denied); a folder that" in said
+
+
+def test_tokens_that_find_no_room_are_told(tmp_path, capsys):
+    (tmp_path / "out").touch()
+    recorder = object.__new__(tokens.Recorder)
+    world = SimpleNamespace(is_main=True)
+    recorder.run = SimpleNamespace(world=world, args=SimpleNamespace(num_generations=1))
+    recorder.lines, recorder.drawn = Lines(tmp_path / "out" / "tokens.jsonl"), 1
+    recorder._group = lambda places, numbers: {}
+    for step in (1, 2):
+        recorder._write(step, {}, [0])
+    said = capsys.readouterr().out
+    assert said.count("tokens.jsonl could not be written (") == 1

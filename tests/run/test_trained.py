@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import data
 import rewards
-from run import chat, evaluate, flags, merge, passes, setup
+from run import chat, evaluate, flags, merge, passes, setup, trained
 from run.chat import Screen, harmless
 
 G = 4
@@ -253,6 +253,26 @@ def test_bad_input_is_one_line(case, runs, model, tmp_path, capsys, monkeypatch)
     assert said.count("\n") == 1
 
 
+def test_a_runs_newest_whole_checkpoint_is_taken_and_why_not_a_newer_one(runs, tmp_path, capsys):
+    """As it is when a run goes on. Without an optimizer's state a model can still be used."""
+    for kind, name in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
+        run = shutil.copytree(runs / kind, tmp_path / kind)
+        file = run / "checkpoint-2" / name
+        file.write_bytes(file.read_bytes()[:-10])
+        assert trained.find(str(run)).folder == run / "checkpoint-1"
+        said = capsys.readouterr().err
+        line = f"takes {run / 'checkpoint-1'}; checkpoint-2 is not whole ({name} cannot be read"
+        assert said.count("\n") == 1 and line in said, said
+    run = shutil.copytree(runs / "full", tmp_path / "bare")
+    for file in run.glob("checkpoint-*/optimizer.safetensors"):
+        file.unlink()
+    assert trained.find(str(run)).folder == run / "checkpoint-2"
+    line = f"takes {run / 'checkpoint-2'}; checkpoint-2 is not whole (it has no optimizer"
+    assert line in capsys.readouterr().err
+    assert trained.find(str(runs / "full")).folder == runs / "full" / "checkpoint-2"
+    assert not capsys.readouterr().err
+
+
 def test_a_damaged_adapter_is_one_line(runs, tmp_path, capsys):
     shutil.copytree(runs / "lora", tmp_path / "run")
     folder = max((tmp_path / "run").glob("checkpoint-*"))
@@ -261,7 +281,8 @@ def test_a_damaged_adapter_is_one_line(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         chat.main([str(folder)])
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(file) in line and line.endswith("a whole checkpoint works")
+    assert f"{folder}: {file.name} cannot be read (" in line
+    assert line.endswith("a whole checkpoint works")
 
 
 def test_weights_that_no_token_can_be_drawn_by_are_one_line(runs, tmp_path, capsys, monkeypatch):
@@ -319,7 +340,6 @@ def test_a_line_is_a_turn_and_the_conversation_is_kept(runs, monkeypatch):
 
 def test_it_draws_what_the_sampler_draws(runs, tokenizer):
     import train
-    from run import trained
 
     checkpoint = trained.find(str(runs / "lora"))
     model = chat.Model(trained.flags_of(checkpoint, chat.NAMES, {}))
@@ -331,8 +351,6 @@ def test_it_draws_what_the_sampler_draws(runs, tokenizer):
 
 
 def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(runs):
-    from run import trained
-
     checkpoint = trained.find(str(runs / "lora"))
     model = chat.Model(trained.flags_of(checkpoint, chat.NAMES, {}))
     model.context = 80
@@ -350,8 +368,6 @@ def test_the_built_in_task_is_asked_behind_its_worked_example(
     runs, tmp_path, tokenizer, monkeypatch
 ):
     """As it was trained: without it, a small model does not know the format."""
-    from run import trained
-
     folder = tmp_path / "run"
     shutil.copytree(runs / "full", folder)
     args = json.loads((folder / "args.json").read_text()) | {"dataset": ["arithmetic"]}

@@ -17,6 +17,7 @@ import lora
 import train
 from run import setup
 from run.checkpoints import optimizer_state
+from run.folder import KEPT
 
 # From stage to stage ------------------------------------------------------------------------------
 
@@ -181,6 +182,43 @@ def test_another_runs_checkpoint_is_refused_before_a_model_is_loaded(
     assert stop.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"train.py: --resume_from_checkpoint {checkpoint}: ")
     assert re.search(message, said), said
+
+
+# What an optimizer's state and a reference may be that belong together and not to this run.
+UNFIT = {
+    "a parameter less": (lambda tensors, name: tensors.pop(name), "absent there and [48, 32]"),
+    "another shape": (
+        lambda tensors, name: tensors.update({name: torch.ones(1)}),
+        "[1] there and [48, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "reference.safetensors"])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, "none"), (2, "zero2"), (2, "zero3")])
+def test_state_of_other_parameters_is_refused_on_any_number_of_ranks(
+    ranks, stage, file, case, model_folder, plugin, tmp_path
+):
+    spoil, message = UNFIT[case]
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    folder, name = tmp_path / "checkpoint-0", "model.layers.0.mlp.up_proj.weight"
+    model.save_pretrained(folder)
+    tensors = {
+        "optimizer.safetensors": optimizer_state(dist.ZeroAdamW(model.named_parameters())),
+        "reference.safetensors": {n: p.detach().clone() for n, p in model.named_parameters()},
+    }
+    prefixes = [f"{kind}." for kind in KEPT] if file == "optimizer.safetensors" else [""]
+    for prefix in prefixes:
+        spoil(tensors[file], prefix + name)
+    for each, state in tensors.items():
+        save_file(state, folder / each)
+    (folder / "trainer_state.json").write_text('{"step": 0}')
+    flags = flags_for(model_folder, plugin, tmp_path / "out", train_type="full", deepspeed=stage)
+    flags += ["--resume_from_checkpoint", folder, "--sync_ref_model", "true"]
+    said = run_forked(flags, ranks, tmp_path / "ranks", status=2)
+    assert f"in {file} {name} is {message} in this run" in said and "Traceback" not in said, said
+    assert said.count("train.py: ") == 1
 
 
 # The parts of fast/ -------------------------------------------------------------------------------
