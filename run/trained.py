@@ -95,6 +95,8 @@ def make_parser(prog: str, description: str, names: Collection[str]) -> flags.Pa
     parser = flags.Parser(prog=prog, usage=usage, description=description, **settings)
     text = "a checkpoint's folder, or a run's for its newest one"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    text = "of a LoRA checkpoint: its base, where that has moved"
+    parser.add_argument("--model", metavar="BASE", help=text)
     group = parser.add_argument_group("as in training; what is not said is the run's").add_argument
     every = [field for options in flags.declared() for field in dataclasses.fields(options)]
     for field in every:
@@ -123,7 +125,12 @@ def flags_of(checkpoint: Checkpoint, names: Collection[str], typed: dict) -> arg
     del args.config
     vars(args).update({name: value for name, value in typed.items() if name in names})
     args.model, args.adapters = str(checkpoint.folder), None
+    if base := typed.get("model"):
+        if not checkpoint.is_lora:
+            what = f"{checkpoint.folder} is a whole model and has no base; without --model it works"
+            raise UsageError(f"--model {base}: {what}")
+        args.model, args.adapters = base, str(checkpoint.folder)
     args.train_type = "lora" if checkpoint.is_lora else "full"
-    adapters.take(args, given=())
+    adapters.take(args, given=(), helps="--model BASE")
     flags.complete(args)
     return args

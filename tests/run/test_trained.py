@@ -27,7 +27,7 @@ from processes import forked
 
 import data
 import rewards
-from run import chat, evaluate, flags, merge, passes, setup
+from run import chat, evaluate, flags, merge, moved, passes, setup
 from run.chat import Screen, harmless
 
 G = 4
@@ -519,7 +519,140 @@ def test_training_goes_on_from_a_lora_folder(runs, model, plugin, tmp_path):
     assert vars(again) == args | vars(again) and again.adapters == str(start)
 
 
+# A base that has moved ---------------------------------------------------------------------------
+
+GONE = "/gone/checkout/models/SmolLM2-135M-Instruct"
+
+
+def flags_of(folder, **typed):
+    from run import trained
+
+    return trained.flags_of(trained.find(str(folder)), chat.NAMES, typed)
+
+
+@pytest.fixture
+def untold():
+    """What is told once is told in each test."""
+    moved.tell.cache_clear()
+
+
+@pytest.mark.parametrize("recorded", [GONE, "models/SmolLM2-135M-Instruct"])
+def test_the_embedded_model_of_another_checkout_is_this_ones(
+    recorded, runs, tmp_path, capsys, monkeypatch, untold
+):
+    monkeypatch.chdir(tmp_path)
+    start = runs / "lora" / "checkpoint-2"
+    folder = copy_of(start, tmp_path / "a", base_model_name_or_path=recorded)
+    words = ["--model", str(folder), "--dataset", "arithmetic"]
+    for args in (flags_of(folder), flags.parse_args(words), flags.parse_args(words)):
+        assert args.model == str(flags.EMBEDDED_MODEL) and args.adapters == str(folder)
+    (line,) = capsys.readouterr().err.splitlines()  # once, however often they are read
+    assert f"its base {recorded} is not there: {flags.EMBEDDED_MODEL} takes its place" in line
+
+
+def test_a_model_of_that_name_elsewhere_is_not_taken_for_it(runs, tmp_path, capsys):
+    for recorded in ("/gone/SmolLM2-135M-Instruct", "/gone/models/SmolLM2-135M-Instruct-x"):
+        folder = copy_of(
+            runs / "lora" / "checkpoint-2",
+            tmp_path / recorded[-3:],
+            base_model_name_or_path=recorded,
+        )
+        said = refused(["--model", folder, "--dataset", "arithmetic"], capsys)
+        line = f"train.py: --model {folder}: its base model is in none of {recorded}; "
+        assert said == f"{line}--adapters {folder} --model BASE names its place\n"
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folder = copy_of(runs / "lora" / "checkpoint-2", tmp_path / "h", base_model_name_or_path=hub)
+    assert flags_of(folder).model == hub
+
+
+def test_a_relative_base_is_looked_for_where_one_is_and_beside_the_checkpoint(
+    runs, model, tmp_path, monkeypatch, capsys, untold
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (elsewhere / "base").mkdir(parents=True)
+    start = runs / "lora" / "checkpoint-2"
+    one = copy_of(start, run / "checkpoint-2", base_model_name_or_path="base")
+    two = copy_of(start, run / "checkpoint-3", base_model_name_or_path="./../../base")
+    for place, folder in ((run / "base", one), (tmp_path / "base", two)):
+        shutil.copytree(model, place)
+        monkeypatch.chdir(tmp_path if folder is one else elsewhere)
+        if folder is one:
+            (tmp_path / "base").mkdir()
+            assert flags_of(folder).model == "base"  # of the working folder
+            (tmp_path / "base").rmdir()
+        assert os.path.samefile(flags_of(folder).model, place)
+    monkeypatch.chdir(runs)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(data.UsageError) as told:
+        flags_of(two)
+    assert str(told.value).endswith("; --model BASE names its place")
+    assert str(two / ".." / ".." / "base") in str(told.value)
+
+
+def test_every_command_takes_the_base_from_a_flag(runs, model, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    gone = {"base_model_name_or_path": "/gone/model"}
+    folder = copy_of(runs / "lora" / "checkpoint-2", run / "checkpoint-2", **gone)
+    shutil.copy(runs / "lora" / "args.json", run)
+    for command, words in ((chat, []), (evaluate, []), (merge, [tmp_path / "no"])):
+        with pytest.raises(SystemExit):
+            command.main([str(word) for word in (folder, *words)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "in none of /gone/model; --model BASE names its place" in line
+    out = tmp_path / "merged"
+    said_by(merge, folder, out, "--model", model)
+    expected = checkpoint_weights(model).keys()
+    assert checkpoint_weights(out).keys() == expected
+    assert converse(monkeypatch, "What is 2 + 2?\n", folder, "--model", model).strip()
+    said = said_by(
+        evaluate, folder, "--model", model, "--output_dir", tmp_path / "e", "--metrics", "greedy"
+    )
+    assert "greedy" in said
+    with pytest.raises(SystemExit):
+        chat.main([str(runs / "full"), "--model", str(model)])
+    assert "is a whole model and has no base" in capsys.readouterr().err
+
+
+def test_a_base_that_no_hub_has_is_told_with_the_flag_that_helps(runs, tmp_path, capsys):
+    hub = "nobody/nothing-of-this-name"
+    folder = copy_of(runs / "lora" / "checkpoint-2", tmp_path / "h", base_model_name_or_path=hub)
+    with pytest.raises(SystemExit):
+        chat.main([str(folder)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--model {hub}: not a model folder or hub id" in line
+    assert line.endswith(f"{folder} has it as its base, and --model BASE names another place")
+
+
+def test_a_file_of_flags_from_another_checkout_means_this_ones_model_and_plugin(
+    tmp_path, capsys, untold
+):
+    plugin = "examples/train/grpo/plugin/close.py"
+    kept = {"model": GONE, "external_plugins": [f"/gone/{plugin}", "mine.py"], "dataset": ["x"]}
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps(kept))
+    args = flags.parse_args(["--config", str(file)])
+    assert args.model == str(flags.EMBEDDED_MODEL)
+    assert args.external_plugins == [str(ROOT / plugin), "mine.py"]
+    assert capsys.readouterr().err.count("takes its place\n") == 2
+    typed = flags.parse_args(["--config", str(file), "--model", "/gone/other"])
+    assert typed.model == "/gone/other"
+
+
+def test_peft_finds_the_base_that_a_run_has_recorded(runs, model):
+    peft = pytest.importorskip("peft")
+
+    folder = runs / "lora" / "checkpoint-2"
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    told = peft_model(model, folder)
+    ids = torch.tensor([[5, 6, 7, 300]])
+    with torch.no_grad():
+        torch.testing.assert_close(alone(ids).logits, told(ids).logits)
+
+
 REFUSED = {
+    "base_model_name_or_path": (3, "base_model_name_or_path 3"),
     "use_dora": (True, "use_dora true"),
     "modules_to_save": (["lm_head"], "modules_to_save lm_head"),
     "rank_pattern": ({"q_proj": 4}, "rank_pattern {'q_proj': 4}"),
