@@ -19,10 +19,14 @@ from pathlib import Path
 from data import UsageError
 from run import adapters, flags
 from run.folder import checkpoints
+from run.values import number
 
 # The flags of how a model is asked, and of how it is loaded.
 ASKING = ("system", "chat_template_kwargs", "response_prefix", "max_completion_length")
 ASKING += ("temperature", "top_p", "top_k", "seed", "torch_dtype", "plain", "trust_remote_code")
+# What trains draws with a temperature above 0.
+HELP = "of the sampling distribution; 0 takes the likeliest token"
+CHANGES = {"temperature": {"type": number(float, "from 0"), "help": HELP}}
 # Not taken from a run's folder, which somebody else may have written.
 TYPED = {"trust_remote_code"}
 
@@ -101,7 +105,8 @@ def make_parser(prog: str, description: str, names: Collection[str]) -> flags.Pa
     every = [field for options in flags.declared() for field in dataclasses.fields(options)]
     for field in every:
         if field.name in names:
-            flags.add_flag(group, field, default=argparse.SUPPRESS)
+            changes = CHANGES.get(field.name, {})
+            flags.add_flag(group, field, default=argparse.SUPPRESS, **changes)
     return parser
 
 

@@ -387,6 +387,105 @@ def test_on_a_terminal_thoughts_stand_apart_however_they_are_cut(size, monkeypat
     assert answer == "<answer>19</answer> <thi\n"
 
 
+EDITS = """
+import sys
+from run import chat, console
+console.settle()
+for question in chat.Screen().questions():
+    print("asked", question, flush=True)
+    if question == "quit":
+        break
+"""
+
+
+def test_on_a_terminal_a_line_is_edited_and_the_ones_before_come_back():
+    """Typed: a line that the left arrow mends; the up arrow, which brings it again; the end."""
+    pytest.importorskip("readline")
+    ours, theirs = os.openpty()
+    talk = subprocess.Popen(
+        [sys.executable, "-c", EDITS],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(theirs)
+    said = b""
+
+    def wait_for(text):
+        nonlocal said
+        while text not in said:
+            said += os.read(ours, 4096)
+        said = said.partition(text)[2]
+
+    wait_for(b"> ")
+    os.write(ours, b"ac\x1b[Db\r")
+    wait_for(b"asked abc")
+    wait_for(b"> ")
+    os.write(ours, b"\x1b[Ad\r")
+    wait_for(b"asked abcd")
+    wait_for(b"> ")
+    os.write(ours, b"quit\r")
+    assert talk.wait(30) == 0
+    os.close(ours)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_an_answer_that_is_cut_says_so(length, runs, monkeypatch, capsys):
+    """Drawn are four tokens, of which the last one ends an answer."""
+
+    def draw(sampler, prompt_ids, seed):
+        end = next(iter(sampler.ends))
+        yield from [400, 401, 402, end][:length]
+
+    monkeypatch.setattr(chat, "draw", draw)
+    words = [runs / "lora", "--max_completion_length", length]
+    said = converse(monkeypatch, "What is 2 + 2?\n", *words)
+    told = capsys.readouterr().err
+    assert "--max" not in said and ("cut at 3 tokens; --max_completion_length 6" in told) == (
+        length == 3
+    )
+
+
+def test_on_a_terminal_a_note_is_dim(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    Screen().note("cut at 3 tokens [bold]")
+    assert sys.stdout.getvalue() == "\x1b[2m(cut at 3 tokens [bold])\x1b[0m\n"
+
+
+def test_temperature_0_is_greedy(runs, tmp_path, monkeypatch, capsys):
+    from run import trained
+
+    checkpoint = trained.find(str(runs / "full"))
+    model = chat.Model(trained.flags_of(checkpoint, chat.NAMES, {"temperature": 0.0}))
+    turns = [{"role": "user", "content": "What is 2 + 2?"}]
+    answers = {"".join(model.answer(turns)) for model.args.seed in range(4)}
+    prompt = data.encode(
+        [{"prompt": [{"role": "system", "content": "Count."}, *turns]}], model.run.tokenizer
+    )[0][0]["prompt_ids"]
+    (likeliest,) = model.run.sampler.generate([prompt], [0], temperature=0)
+    assert answers == set(model.run.texts([likeliest]))
+    common = ["--val_dataset", "arithmetic-test#6", "--output_dir"]
+    said_by(evaluate, runs / "full", "--metrics", "greedy", *common, tmp_path / "a")
+    said = said_by(evaluate, runs / "full", "--temperature", "0", *common, tmp_path / "b")
+    found = [json.loads((tmp_path / out / "evaluation.json").read_text()) for out in "ab"]
+    assert found[0]["metrics"] == found[1]["metrics"] and found[1]["completions"] == 1
+    assert "pass@k takes" not in said
+    with pytest.raises(SystemExit):
+        evaluate.main([str(runs / "full"), "--temperature", "0", "--num_generations_eval", "4"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--num_generations_eval 4: at temperature 0 all completions of a question" in line
+
+
+def test_one_completion_a_question_tells_how_to_have_pass_at_k(runs, tmp_path):
+    words = ["--val_dataset", "arithmetic-test#6", "--output_dir", tmp_path / "a"]
+    said = said_by(evaluate, runs / "full", *words, "--num_generations_eval", "1")
+    assert "pass@k takes several completions a question: --num_generations_eval 8" in said
+
+
 def talk_for_ever(folder) -> None:
     sys.stdin = SimpleNamespace(readline=lambda: "What is 2 + 2?\n", isatty=lambda: False)
     chat.main([str(folder)])
