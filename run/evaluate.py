@@ -22,6 +22,7 @@ import rewards
 from data import UsageError
 from run import combinations, console, flags, passes, trained
 from run.console import harmless
+from run.display import NARROW
 
 NAMES = (*trained.ASKING, "val_dataset", "max_length", "dataset_num_proc", "num_generations_eval")
 NAMES += ("per_device_eval_batch_size", "output_dir", "reward_funcs", "reward_weights")
@@ -226,18 +227,27 @@ def tell(found: dict, args: argparse.Namespace, folder: Path) -> None:
     drawn = f"{found['questions']} questions × {found['completions']} completions"
     title = Text(harmless(title))  # which no name in brackets marks up
     table = Table(title=title, caption=f"{drawn} at temperature {found['temperature']:g}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % over questions", justify="right")
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    screen = Console()
+    narrow = screen.width < NARROW
+    if narrow:
+        table.box = None
+        table.caption += "; below a metric its 95 % over questions"
+    else:
+        table.add_column("95 % over questions", justify="right")
     for name, each in found["metrics"].items():
-        bounds = f"{each['low']:.1%} … {each['high']:.1%}"
-        table.add_row(Text(name), f"{each['value']:.1%}", bounds)
+        value = f"{each['value']:.1%}"
+        if narrow:
+            table.add_row(Text(name), f"{value}\n{each['low']:.0%} … {each['high']:.0%}")
+        else:
+            table.add_row(Text(name), value, f"{each['low']:.1%} … {each['high']:.1%}")
     table.add_section()
     for name, value in found["means"].items():
         is_reward = re.fullmatch("rewards?(/[^/]+)?", name) and name not in rewards.COUNTERS
         if is_reward or name == "completion_length":
-            table.add_row(Text(name), f"{value:.3f}", "")
-    Console().print(table)
+            table.add_row(Text(name), f"{value:.3f}")
+    screen.print(table)
     if args.num_generations_eval == 1 and args.temperature_eval > 0 and found["metrics"]:
         print("pass@k takes several completions a question: --num_generations_eval 8 draws them")
     print(f"every completion: {folder / 'completions.jsonl'}", flush=True)

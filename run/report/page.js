@@ -334,7 +334,7 @@ function listen() {
   // A pointer over a token, or a finger on it.
   for (const kind of ["pointerover", "click"]) {
     byId("groups").addEventListener(kind, (event) => {
-      const told = event.target.told;
+      const told = event.target.closest(".t")?.told; // of a token, or of what is marked in it
       if (!told) hideTip();
       else showTip(event, visible(told.completion.tokens.tokens[told.i]), numbersOf(told));
     });

@@ -228,6 +228,21 @@ def test_search_finds_what_a_plain_search_of_the_file_finds(browser, made):
     assert marked == {"say"}
 
 
+def test_what_is_searched_for_is_marked_in_coloured_tokens_too(browser, made):
+    """A hit may lie in several tokens, and stands after letters whose small ones are longer."""
+    open_page(browser, made, "step=2&query=script")
+    tokens = find(browser, ".group:first-child .completion:first-child .t")
+    assert len(tokens) == 3
+    marks = texts(browser, ".group:first-child .completion:first-child mark")
+    assert marks[:3] == ["scr", "ipt", "script"] and "".join(marks) == "script" * 3
+    assert "".join(node.get_property("textContent") for node in tokens) == HOSTILE[0]
+    hover(browser, find(browser, ".group:first-child .t mark")[0])
+    rows = dict(row.split("\t") for row in tip_rows(browser))
+    assert rows["token"] == "2 of 3, id 8"
+    hits = "return marked('\u0130\u0130 Say SAY', 'say').map(node => node.textContent ?? node)"
+    assert browser.execute_script(hits) == ["\u0130\u0130 ", "Say", " ", "SAY", ""]
+
+
 def test_held_out_completions_stand_apart(browser, made):
     open_page(browser, made)
     choose(browser, "phase", "eval")

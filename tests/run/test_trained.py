@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -164,6 +165,25 @@ def test_flags_win_over_the_runs_own(runs, tmp_path):
     assert found["means"]["reward"] == pytest.approx(found["means"]["rewards/accuracy"])
     args = json.loads((tmp_path / "out" / "args.json").read_text())
     assert args["system"] == "Count." and args["top_k"] == 20  # the run's
+
+
+@pytest.mark.parametrize("width", [90, 30, 1])
+def test_a_table_of_results_fits_its_terminal(width, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    one = {"value": 0.871, "low": 0.82, "high": 0.91}
+    found = {"checkpoint": "output/checkpoint-140", "questions": 256, "completions": 8}
+    found |= {"temperature": 1.0, "metrics": {"greedy": one, "pass@2": one}}
+    found |= {"means": {"reward": 2.1, "rewards/accuracy": 0.87, "completion_length": 23.1}}
+    args = SimpleNamespace(val_dataset=["sums"], num_generations_eval=8, temperature_eval=1.0)
+    evaluate.tell(found, args, tmp_path)
+    table = capsys.readouterr().out.partition("every completion")[0]
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= width
+    if width >= 30:
+        for told in ("greedy", "pass@2", "87.1%", "82", "91", "completion_length", "23.100"):
+            assert told in table, told
+        assert "95 % over questions" in " ".join(table.split()) and "…" not in table.replace(
+            " … ", ""
+        )
 
 
 def test_vllm_draws_where_it_is_asked_to(runs, tmp_path, monkeypatch):
@@ -416,6 +436,7 @@ def test_on_a_terminal_a_line_is_edited_and_the_ones_before_come_back():
     def wait_for(text):
         nonlocal said
         while text not in said:
+            assert select.select([ours], [], [], 60)[0], said
             said += os.read(ours, 4096)
         said = said.partition(text)[2]
 
