@@ -49,6 +49,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     plan.py         what a run takes, before it is paid for
 
     adapters.py     a LoRA folder that a run goes on from
+    moved.py        where what a run has recorded lies now
     passes.py       pass@k, maj@k, intervals
     trained.py      what a run has left, for the three commands:
     evaluate.py     how often a checkpoint is right

@@ -9,17 +9,22 @@ The folder is PEFT's, whoever wrote it. What it says beyond plain LoRA is refuse
 import argparse
 import json
 import math
+import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from data import UsageError, one_line
 from run import folder as folders
+from run import moved
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"}
 READ |= {"base_model_name_or_path", "peft_type", "bias"}
+NEEDED = {"r": int, "lora_alpha": int | float, "base_model_name_or_path": str}
 # Which layers have an adapter: their names are read from the weights.
 SELECT = {"exclude_modules", "layers_to_transform", "layers_pattern"}
 # How it was made, and how to run it.
@@ -33,10 +38,11 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def take(args: argparse.Namespace, given: Collection[str]) -> None:
+def take(args: argparse.Namespace, given: Collection[str], helps: str | None = None) -> None:
     """Let args train on from the adapters that --model or --adapters names, if one does.
 
-    given: the flags that somebody has set. UsageError where these or the folder say what cannot be.
+    given: the flags that somebody has set. helps: what names a base that has moved. UsageError where
+    these or the folder say what cannot be.
     """
     flag = f"--adapters {args.adapters}"
     if args.model and is_adapter(args.model):
@@ -52,7 +58,8 @@ def take(args: argparse.Namespace, given: Collection[str]) -> None:
             f"python -m run.merge {args.adapters} OUT makes a model of them"
         )
     config = read_config(args.adapters, flag)
-    args.model = args.model or config["base_model_name_or_path"]
+    if not args.model:
+        args.model = base_of(config, args.adapters, flag, helps)
     for name, value in settings_of(config, args.adapters).items():
         wanted = getattr(args, name)
         if name not in given:
@@ -79,6 +86,34 @@ def read_config(folder: str, flag: str) -> dict:
     return config
 
 
+def base_of(config: dict, folder: str, flag: str, helps: str | None) -> str:
+    """The base model: where the config says, where that is now, or on the hub."""
+    recorded = config["base_model_name_or_path"]
+    looked = moved.places(recorded, Path(folder), Path(folder).parent)
+    for place in looked:
+        # Of the embedded model models.py tells more.
+        if os.path.exists(place) or place == moved.EMBEDDED_MODEL:
+            if place != looked[0]:
+                moved.tell(f"{flag}: its base {recorded} is not there: {place} takes its place")
+                return str(place)
+            return recorded
+    if HUB_ID.fullmatch(recorded):
+        return recorded
+    helps = helps or f"--adapters {folder} --model BASE"
+    raise UsageError(
+        f"{flag}: its base model is in none of {', '.join(map(str, looked))}; {helps} names its "
+        "place"
+    )
+
+
+def is_recorded(args: argparse.Namespace) -> bool:
+    """Whether it is the adapters that name this model."""
+    if not args.adapters:
+        return False
+    file = Path(args.adapters) / CONFIG
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] == args.model
+
+
 def beyond_lora(config: dict) -> str | None:
     """The first thing that it asks for and that is not done here."""
     if config["peft_type"] != "LORA":
@@ -87,8 +122,7 @@ def beyond_lora(config: dict) -> str | None:
         return f"bias {config['bias']}"
     if config.get("init_lora_weights", True) not in STARTS:
         return f"init_lora_weights {config['init_lora_weights']}"
-    kinds = {"r": int, "lora_alpha": int | float, "base_model_name_or_path": str}
-    for name, kind in kinds.items():
+    for name, kind in NEEDED.items():
         if not config[name] or not isinstance(config[name], kind):
             return f"{name} {config[name]}"
     if not isinstance(config.get("lora_dropout", 0.0), int | float):

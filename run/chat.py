@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 from data import BUILTINS, EXAMPLE, GUIDE_PROMPT, UsageError
 from run import console, flags, trained
@@ -54,6 +55,9 @@ def chat(model: "Model") -> None:
             print(f"run.chat: {error}", file=sys.stderr, flush=True)
             continue
         screen.end()
+        if model.was_cut:
+            length = model.args.max_completion_length
+            screen.note(f"cut at {length} tokens; --max_completion_length {2 * length} has room")
         turns.append({"role": "assistant", "content": answer})
 
 
@@ -67,10 +71,14 @@ class Model:
         import dist
         import train
         from run import checks, models, readers, setup
+        from sampler import GREEDY
 
         config = models.model_config(args)
         tokenizer = models.load_tokenizer(args)
         self.args, self.context = args, models.context_of(config)
+        self.was_cut = False  # the last answer, at its largest length
+        if args.temperature == 0:
+            vars(args).update(GREEDY)
         self.template = models.template_of(args)
         self.system, self.opening = readers.read_system(args.system), []
         if set(args.dataset) & set(BUILTINS):  # as each of its questions is asked
@@ -108,10 +116,11 @@ class Model:
         if opened:
             yield opened
         seed = train.seed_of(args.seed, len(turns), 0)
-        decoded = Pieces(tokenizer)
+        decoded, token = Pieces(tokenizer), None
         for token in draw(self.run.sampler, row["prompt_ids"], seed):
             if token not in self.run.silent:
                 yield decoded.add(token)
+        self.was_cut = token is not None and token not in self.run.sampler.ends
 
 
 def draw(sampler, prompt_ids: list[int], seed: int) -> Iterator[int]:
@@ -168,15 +177,33 @@ class Screen:
     def questions(self) -> Iterator[str]:
         """Lines that are not empty, until the input ends."""
         asks = sys.stdin.isatty()
+        if asks and self.console.is_terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  with it `input` edits lines, and has a history
         while True:
             try:
-                line = input("\n> ") if asks else input()
-            except EOFError:
+                line = self.ask() if asks else input()
+            except (EOFError, OSError):  # the latter of a stream that is not for reading
                 return
             if line.strip():
                 if self.console.is_terminal and not asks:  # one sees what is answered
                     print(f"\n> {harmless(line)}")
                 yield line.strip()
+
+    def ask(self) -> str:
+        """A line that somebody types. What else the output goes to gets answers alone."""
+        if self.console.is_terminal:
+            print()
+            return input("> ")
+        print("\n> ", end="", file=sys.stderr, flush=True)
+        return input()
+
+    def note(self, line: str) -> None:
+        """Something about an answer that is no part of it."""
+        if self.console.is_terminal:
+            self.console.print(f"({line})", style="dim", markup=False)
+        else:
+            print(f"run.chat: {line}", file=sys.stderr, flush=True)
 
     def show(self, text: str) -> None:
         """A piece of an answer. Tags are not shown on a terminal, so the start of one waits."""

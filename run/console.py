@@ -1,6 +1,7 @@
-"""Standard output that is closed, that cannot show every letter, or whose reader leaves, ends no run;
+"""Standard streams that are closed, that cannot hold every letter, or whose reader leaves, end no run;
 and no terminal obeys what a model, a dataset or another machine has written."""
 
+import codecs
 import os
 import sys
 import unicodedata
@@ -33,6 +34,14 @@ class Unbroken:
             pass
 
 
+def as_latin(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Bytes that are no UTF-8, as what they are in Latin-1, which has a letter for each."""
+    return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+codecs.register_error("as_latin", as_latin)
+
+
 def settle() -> None:
     """Make the three standard streams safe, for this process and those that it starts."""
     for number in (0, 1, 2):
@@ -40,6 +49,9 @@ def settle() -> None:
             os.fstat(number)
         except OSError:  # closed: the next file that is opened would get its number
             os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    # Whatever the locale is: texts are UTF-8, and of another one no byte is an error.
+    sys.stdin.reconfigure(encoding="utf-8", errors="as_latin")
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
         stream.reconfigure(errors="backslashreplace")

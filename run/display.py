@@ -27,7 +27,8 @@ TOKENS = " {:,} of {:,} tokens, {} of {} going"
 GROUPS = " {} of {} prompts answered"
 BYTES = " {:,.1f} of {:,.1f} MB"
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 40  # characters of the rewards' curve
+CURVE = 40  # characters of the rewards' curve, at most
+NARROW = 60  # columns: with fewer a table keeps what matters
 
 
 class Phase:
@@ -83,13 +84,18 @@ class Screen:
         self.sampled, width = time.monotonic(), self.console.width
         told = f"{self.fit(question, width)}\nreference: {self.fit(reference, width - 12)}"
         table = Table(title=Text(told), title_justify="left", expand=True, title_style="")
-        table.add_column("answer", ratio=1)
-        table.add_column("rewards")
-        table.add_column("advantage", justify="right")
+        table.add_column("answer", ratio=1, overflow="fold")
+        if width < NARROW:
+            table.box, table.show_header = None, False
+        else:
+            table.add_column("rewards")
+        table.add_column("advantage", justify="right", no_wrap=True)
         for answer, rewards, advantage in rows:
             color = "green" if advantage > 0 else "red" if advantage < 0 else ""
-            answer = Text(self.fit(answer, width))
-            table.add_row(answer, Text(self.fit(rewards, 60)), Text(f"{advantage:+.2f}", color))
+            cells = [Text(self.fit(answer, width)), Text(f"{advantage:+.2f}", color)]
+            if width >= NARROW:
+                cells.insert(1, Text(self.fit(rewards, 60)))
+            table.add_row(*cells)
         lines = self.console.render_lines(table)  # once, not at each look
         self.sample = [Line(line) for line in lines]
 
@@ -137,14 +143,15 @@ class Screen:
             facts, column = Text(style="default"), 0
             for name, value in self.facts.items():
                 width = len(f"{name} {value}   ")
-                if column + width > self.console.width:  # a number stays beside its name
+                if column and column + width > self.console.width:  # a number stays beside its name
                     facts.append("\n")
                     column = 0
                 facts.append(f"{name} ", "dim").append(f"{value}   ", "bold")
                 column += width
             parts = [self.progress(), *parts, facts]
             if self.unicode and len(self.rewards) > 1:
-                parts.append(Text("reward ", "dim").append(curve(self.rewards), "cyan"))
+                bars = curve(self.rewards, max(1, min(CURVE, self.console.width - 8)))
+                parts.append(Text("reward ", "dim").append(bars, "cyan"))
             if self.sample and self.console.height > len(self.sample) + 6:
                 parts += self.sample
         return Group(*parts, Text())  # the cursor is at the start of an empty line
@@ -168,13 +175,15 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
+        told = f"step {self.step_now} of {self.max_steps}"
+        times = f"{clock(self.seconds())} so far{self.left()}"
+        if self.console.width < NARROW:  # which leaves no room for a bar
+            return Text(told, "bold").append(f"  {times}", "not bold")
         row = Table.grid(padding=(0, 2, 0, 0), expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
-        told = f"step {self.step_now} of {self.max_steps}"
         bar = ProgressBar(total=self.max_steps, completed=self.step_now)
-        times = f"{clock(self.seconds())} so far{self.left()}"
         row.add_row(Text(told, "bold"), bar, Text(times))
         return row
 
@@ -228,9 +237,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def curve(values: list[float]) -> str:
-    """Numbers as bars between the least and the largest, means where they are many."""
-    size = -(-len(values) // CURVE)
+def curve(values: list[float], most: int = CURVE) -> str:
+    """Numbers as bars between the least and the largest, means where there are more than `most`."""
+    size = -(-len(values) // most)
     means = [
         sum(part) / len(part) for i in range(0, len(values), size) if (part := values[i : i + size])
     ]

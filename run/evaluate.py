@@ -22,6 +22,7 @@ import rewards
 from data import UsageError
 from run import combinations, console, flags, passes, trained
 from run.console import harmless
+from run.display import NARROW
 
 NAMES = (*trained.ASKING, "val_dataset", "max_length", "dataset_num_proc", "num_generations_eval")
 NAMES += ("per_device_eval_batch_size", "output_dir", "reward_funcs", "reward_weights")
@@ -44,6 +45,8 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, trained.Checkpoint, list[
     args = trained.flags_of(checkpoint, (*NAMES, *SILENT), typed)
     if "temperature" in typed:
         args.temperature_eval = args.temperature
+    if args.temperature_eval == 0:
+        draw_greedily(args, typed)
     if "reward_funcs" in typed and "reward_weights" not in typed:
         args.reward_weights = None  # the run's are of its own rewards
     if "vllm_max_model_len" not in typed:
@@ -57,6 +60,18 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, trained.Checkpoint, list[
     metrics = choose_metrics(args, typed["metrics"])
     combinations.check(args, int(os.environ.get("WORLD_SIZE", 1)))
     return args, checkpoint, metrics
+
+
+def draw_greedily(args: argparse.Namespace, typed: dict) -> None:
+    """At temperature 0 a question has one completion."""
+    args.temperature = args.temperature or 1.0  # which divides logits, and is not drawn with
+    G = typed.get("num_generations_eval", 1)
+    if G > 1:
+        raise UsageError(
+            f"--num_generations_eval {G}: at temperature 0 all completions of a question would be "
+            "the same; 1, or a --temperature above 0, works"
+        )
+    args.num_generations_eval = 1
 
 
 def choose_rows(args: argparse.Namespace) -> None:
@@ -87,6 +102,8 @@ def choose_metrics(args: argparse.Namespace, wanted: list[str]) -> list[str]:
     if "accuracy" in args.reward_funcs:
         if wanted:
             return wanted
+        if args.temperature_eval == 0:
+            return ["greedy"]
         several = [k for k in passes.sizes(G) if k > 1]
         chances = [f"pass@{k}" for k in several]
         majorities = [f"maj@{k}" for k in several if k > 2]
@@ -128,7 +145,7 @@ def evaluate(args: argparse.Namespace, world, checkpoint, wanted: list[str]) -> 
     inputs.rewards.start()
     G, rows, step = args.num_generations_eval, inputs.val_rows, checkpoint.step
     ways = {"sampled": (G, args.temperature_eval)}
-    if "greedy" in wanted:
+    if "greedy" in wanted and args.temperature_eval > 0:
         ways["greedy"] = (1, 0.0)
     drawn = {name: [] for name in ways}
     with progress(world, len(rows) * len(ways)) as advance:
@@ -169,7 +186,7 @@ def values_of(wanted: list[str], run, drawn: dict[str, list], G: int) -> dict[st
     """Each metric's mean over the questions, with its 95 % interval."""
     questions = {}
     for name, number in (("greedy", 1), ("sampled", G)):
-        batches = drawn.get(name, [])
+        batches = drawn.get(name, drawn["sampled"])  # at temperature 0 the same
         questions[name] = [q for batch in batches for q in passes.questions_of(run, batch, number)]
     found = {}
     for name in wanted:
@@ -210,18 +227,29 @@ def tell(found: dict, args: argparse.Namespace, folder: Path) -> None:
     drawn = f"{found['questions']} questions × {found['completions']} completions"
     title = Text(harmless(title))  # which no name in brackets marks up
     table = Table(title=title, caption=f"{drawn} at temperature {found['temperature']:g}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 % over questions", justify="right")
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    screen = Console()
+    narrow = screen.width < NARROW
+    if narrow:
+        table.box = None
+        table.caption += "; below a metric its 95 % over questions"
+    else:
+        table.add_column("95 % over questions", justify="right")
     for name, each in found["metrics"].items():
-        bounds = f"{each['low']:.1%} … {each['high']:.1%}"
-        table.add_row(Text(name), f"{each['value']:.1%}", bounds)
+        value = f"{each['value']:.1%}"
+        if narrow:
+            table.add_row(Text(name), f"{value}\n{each['low']:.0%} … {each['high']:.0%}")
+        else:
+            table.add_row(Text(name), value, f"{each['low']:.1%} … {each['high']:.1%}")
     table.add_section()
     for name, value in found["means"].items():
         is_reward = re.fullmatch("rewards?(/[^/]+)?", name) and name not in rewards.COUNTERS
         if is_reward or name == "completion_length":
-            table.add_row(Text(name), f"{value:.3f}", "")
-    Console().print(table)
+            table.add_row(Text(name), f"{value:.3f}")
+    screen.print(table)
+    if args.num_generations_eval == 1 and args.temperature_eval > 0 and found["metrics"]:
+        print("pass@k takes several completions a question: --num_generations_eval 8 draws them")
     print(f"every completion: {folder / 'completions.jsonl'}", flush=True)
     print(f"these numbers: {folder / 'evaluation.json'}", flush=True)
 

@@ -28,11 +28,10 @@ import typing
 from pathlib import Path
 
 from data import UsageError
-from run import adapters, combinations, console, display, stop
+from run import adapters, combinations, console, display, moved, stop
+from run.moved import EMBEDDED_MODEL, PLUGIN, ROOT
 from run.values import boolean, number, planned
 
-ROOT = Path(__file__).resolve().parent.parent
-EMBEDDED_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 SEVEN = ("train", "lora", "data", "rewards", "grpo", "sampler", "dist")
 MODULES = (
     "run/setup",
@@ -42,7 +41,6 @@ MODULES = (
     "run/placement",
     "run/plan",
 )  # in the order of --help
-PLUGIN = ROOT / "examples" / "train" / "grpo" / "plugin" / "close.py"
 DEMO = (
     "--dataset arithmetic --val_dataset arithmetic-test "
     f"--external_plugins {shlex.quote(str(PLUGIN))} "
@@ -199,7 +197,7 @@ def values_of(file: str | Path, parser: "Parser") -> dict:
         parser.error(f"is not YAML ({first_line(error)}); a line 'flag: value' for each works")
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         parser.error("holds no flags; a line 'flag: value' for each works")
-    return values
+    return {name: moved.here(value) for name, value in values.items()}
 
 
 def as_words(values: dict, parser: "Parser") -> list[str]:

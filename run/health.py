@@ -32,8 +32,10 @@ def equal_groups(steps: Steps) -> str | None:
     if not always(steps, "zero_std_groups", lambda share: share >= 0.9):
         return None
     share = mean(steps, "zero_std_groups")
-    rewards = {m["reward"] for m in steps}
-    earned = f"the same ({rewards.pop():g})" if len(rewards) == 1 else "the same within each"
+    rewards = {m.get("reward") for m in steps}
+    earned = "the same within each"
+    if len(rewards) == 1 and None not in rewards:
+        earned = f"the same ({rewards.pop():g})"
     return (
         f"zero_std_groups is {share:.0%}: nearly all groups earn {earned}, which teaches nothing; "
         "a reward with degrees beside the strict one (--reward_funcs accuracy format), easier or "
@@ -126,21 +128,29 @@ class Health:
 def before_the_first_step(
     args, policy, num_rows: int, num_prompts: int, max_steps: int
 ) -> tuple[list[str], dict[str, float]]:
-    """What is worth saying, and the same facts as metrics. num_prompts: of a step."""
-    lines = []
-    if num_prompts > num_rows:
-        lines.append(
-            f"--dataset: {num_rows} rows for {num_prompts} prompts a step, so that each is asked "
-            "more than once a step; more rows, or a smaller --per_device_train_batch_size, helps"
-        )
+    """What is worth saying, and the facts that say it, as metrics. num_prompts: of a step."""
     share = out_of_reach(policy, args.learning_rate * max_steps)
+    facts = {"prompts_per_row": num_prompts / num_rows, "weights_out_of_reach": share}
+    return at_start(facts), facts
+
+
+def at_start(facts: dict[str, float]) -> list[str]:
+    """What is worth saying of these, which every line of metrics.jsonl repeats."""
+    lines = []
+    prompts, share = facts.get("prompts_per_row", 0), facts.get("weights_out_of_reach", 0)
+    if prompts > 1:
+        lines.append(
+            f"--dataset: prompts_per_row is {prompts:.3g}: a step has more prompts than there are "
+            "rows, and asks some more than once; more rows, or a smaller "
+            "--per_device_train_batch_size, helps"
+        )
     if share > 0.5:
         lines.append(
-            f"--learning_rate {args.learning_rate:g}: in {max_steps} steps {share:.0%} of the "
+            f"--learning_rate: weights_out_of_reach is {share:.0%}: in all steps together these "
             "weights cannot move as far as bfloat16 can tell; a larger one, more steps, "
             "--train_type lora or --torch_dtype float32 helps"
         )
-    return lines, {"prompts_per_row": num_prompts / num_rows, "weights_out_of_reach": share}
+    return lines
 
 
 def out_of_reach(policy: torch.nn.Module, distance: float) -> float:

@@ -21,7 +21,9 @@ NAMES = ("torch_dtype",)
 def read(argv: list[str]) -> tuple[argparse.Namespace, Path]:
     """The flags and the folder to write; UsageError for what is wrong with them."""
     parser = trained.make_parser("run.merge", "Merge a LoRA checkpoint into its base.", NAMES)
-    parser.usage = "python -m run.merge CHECKPOINT OUT [--torch_dtype bfloat16|float32]"
+    parser.usage = (
+        "python -m run.merge CHECKPOINT OUT [--torch_dtype bfloat16|float32] [--model BASE]"
+    )
     parser.add_argument("out", metavar="OUT", help="a folder that is empty or not there")
     typed = trained.typed(parser, argv)
     checkpoint = trained.find(typed["checkpoint"])

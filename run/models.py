@@ -38,9 +38,10 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # of any kind, where a value is of another type than it should be
         refuse_code("--model", args.model, error)
-        raise UsageError(
-            f"--model {args.model}: not a model folder or hub id ({reason(error)})"
-        ) from error
+        why = f"not a model folder or hub id ({reason(error)})"
+        if adapters.is_recorded(args):
+            why += f"; {args.adapters} has it as its base, and --model BASE names another place"
+        raise UsageError(f"--model {args.model}: {why}") from error
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else None
     if weights == [] and not args.dry_run:
         raise UsageError(

@@ -20,6 +20,7 @@ from run import display
 from run.console import harmless
 
 TEXTS = 8  # completions of a batch that TensorBoard shows
+ROWS = 1000  # completions of a table in W&B; completions.jsonl has all
 PROJECT = "grpo"  # unless --project names another
 
 
@@ -76,6 +77,8 @@ def as_markdown(record: dict) -> str:
 
 
 class WandB:
+    """It keeps one table of a name and step, so an evaluation's batches wait for its end."""
+
     def __init__(self, args):
         import wandb
 
@@ -83,14 +86,24 @@ class WandB:
         project = args.project or os.environ.get("WANDB_PROJECT", PROJECT)
         settings = {"project": project, "config": vars(args), "dir": args.output_dir}
         self.run = wandb.init(**settings, name=args.run_name)
+        self.held_out: list[dict] = []  # records of the evaluation under way
 
     def metrics(self, line: dict[str, float], step: int) -> None:
+        if self.held_out and any(name.startswith("eval/") for name in line):
+            records, self.held_out = self.held_out, []
+            self._table(records, "eval/", step)
         self.run.log(line, step=step)
 
     def batch(self, batch, prefix: str, step: int) -> None:
         """Its page makes curves of numbers alone."""
 
     def completions(self, records: list[dict], prefix: str, step: int) -> None:
+        if prefix:
+            self.held_out += records[: ROWS - len(self.held_out)]
+        else:
+            self._table(records[:ROWS], prefix, step)
+
+    def _table(self, records: list[dict], prefix: str, step: int) -> None:
         names = list(records[0]["rewards"])
         table = self.wandb.Table(columns=["prompt", "completion", "advantage", *names])
         for r in records:

@@ -20,10 +20,14 @@ from data import UsageError
 from run import adapters, flags
 from run.console import harmless
 from run.folder import checkpoints, newest_whole
+from run.values import number
 
 # The flags of how a model is asked, and of how it is loaded.
 ASKING = ("system", "chat_template_kwargs", "response_prefix", "max_completion_length")
 ASKING += ("temperature", "top_p", "top_k", "seed", "torch_dtype", "plain", "trust_remote_code")
+# What trains draws with a temperature above 0.
+HELP = "of the sampling distribution; 0 takes the likeliest token"
+CHANGES = {"temperature": {"type": number(float, "from 0"), "help": HELP}}
 # Not taken from a run's folder, which somebody else may have written.
 TYPED = {"trust_remote_code"}
 
@@ -101,11 +105,14 @@ def make_parser(prog: str, description: str, names: Collection[str]) -> flags.Pa
     parser = flags.Parser(prog=prog, usage=usage, description=description, **settings)
     text = "a checkpoint's folder, or a run's for its newest one"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    text = "of a LoRA checkpoint: its base, where that has moved"
+    parser.add_argument("--model", metavar="BASE", help=text)
     group = parser.add_argument_group("as in training; what is not said is the run's").add_argument
     every = [field for options in flags.declared() for field in dataclasses.fields(options)]
     for field in every:
         if field.name in names:
-            flags.add_flag(group, field, default=argparse.SUPPRESS)
+            changes = CHANGES.get(field.name, {})
+            flags.add_flag(group, field, default=argparse.SUPPRESS, **changes)
     return parser
 
 
@@ -129,7 +136,12 @@ def flags_of(checkpoint: Checkpoint, names: Collection[str], typed: dict) -> arg
     del args.config
     vars(args).update({name: value for name, value in typed.items() if name in names})
     args.model, args.adapters = str(checkpoint.folder), None
+    if base := typed.get("model"):
+        if not checkpoint.is_lora:
+            what = f"{checkpoint.folder} is a whole model and has no base; without --model it works"
+            raise UsageError(f"--model {base}: {what}")
+        args.model, args.adapters = base, str(checkpoint.folder)
     args.train_type = "lora" if checkpoint.is_lora else "full"
-    adapters.take(args, given=())
+    adapters.take(args, given=(), helps="--model BASE")
     flags.complete(args)
     return args

@@ -62,7 +62,8 @@ def watch(path: Path, seconds: float) -> folder.Run:
 
 def read_if_started(path: Path) -> folder.Run | None:
     """None before the first step is logged; an evaluation may come before it."""
-    if (path / "args.json").exists() and not folder.has_steps(path):
+    folder.refuse_other(path)
+    if not folder.has_steps(path):
         return None
     return folder.read(path)
 
@@ -88,7 +89,10 @@ def main(argv: list[str]) -> None:
         fail(f"{picture}: {(error.strerror or 'cannot be written').lower()}")
     print(f"the curve is in {picture}, the page to look at in {file}")
     if not run.completions:
-        print("--log_completions true adds completions to it, --log_tokens 4 their tokens")
+        print(
+            "no completions were recorded; --log_completions true records them, "
+            "--log_tokens 4 the tokens of four groups a step"
+        )
 
 
 if __name__ == "__main__":

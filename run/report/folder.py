@@ -18,6 +18,7 @@ FLAGS = [
 LINE = {"step": int}
 COMPLETION = {"step": int, "prompt": str, "completion": str, "rewards": dict}
 TOKENS = {"step": int, "drawn": int, "prompt": str, "completions": list}
+OF_TOKENS = {"index": int, "tokens": list, "rewards": dict}  # each completion of such a line
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,22 @@ class Run:
         return step >= self.max_steps and (self.folder / f"checkpoint-{step}").exists()
 
 
+def refuse_other(folder: Path) -> None:
+    """UsageError, one line, for what is no run's folder."""
+    works = "a run's --output_dir works"
+    if not folder.exists():
+        raise UsageError(f"{folder}: no such folder; {works}")
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: a file; {works}")
+    if (folder / "evaluation.json").exists():
+        raise UsageError(f"{folder}: an evaluation's folder, with no steps to show; {works}")
+    if not (folder / "args.json").exists():
+        above = folder.resolve().parent
+        if (above / "args.json").exists():
+            works = f"that of its run, {above}, works"
+        raise UsageError(f"{folder}: no run's folder, for it has no args.json; {works}")
+
+
 def has_steps(folder: Path) -> bool:
     """Whether a step that was trained is logged."""
     file = folder / "metrics.jsonl"
@@ -71,25 +88,24 @@ def has_steps(folder: Path) -> bool:
 
 def read(folder: Path) -> Run:
     """UsageError, one line, where it is no run's folder, or a line in it is broken."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; a run's --output_dir works")
-    if not (folder / "args.json").exists():
-        raise UsageError(
-            f"{folder}: no run's folder, for it has no args.json; an --output_dir works"
-        )
+    refuse_other(folder)
     args = read_flags(folder / "args.json")
     lines = read_lines(folder / "metrics.jsonl", LINE)
     steps = [line for line in lines if "loss" in line]
+    completions = read_lines(folder / "completions.jsonl", COMPLETION)
+    if not lines and not completions:
+        what = "neither metrics.jsonl nor completions.jsonl says anything yet"
+        raise UsageError(f"{folder}: {what}; --watch waits for the first step")
     if not steps:
         raise UsageError(f"{folder}: no step in metrics.jsonl yet; --watch waits for the first")
-    return Run(
-        folder,
-        args,
-        steps,
-        [line for line in lines if "loss" not in line],
-        read_lines(folder / "completions.jsonl", COMPLETION),
-        read_lines(folder / "tokens.jsonl", TOKENS),
-    )
+    tokens = read_lines(folder / "tokens.jsonl", TOKENS, OF_TOKENS)
+    evaluations = [line for line in lines if "loss" not in line]
+    return Run(folder, args, numbers(steps), numbers(evaluations), completions, tokens)
+
+
+def numbers(lines: list[dict]) -> list[dict]:
+    """Lines of metrics without what is no number: NaN has been read as None."""
+    return [{name: v for name, v in line.items() if isinstance(v, int | float)} for line in lines]
 
 
 def read_flags(file: Path) -> types.SimpleNamespace:
@@ -105,9 +121,12 @@ def read_flags(file: Path) -> types.SimpleNamespace:
     return types.SimpleNamespace(**flags)
 
 
-def read_lines(file: Path, needed: dict[str, type]) -> list[dict]:
+def read_lines(
+    file: Path, needed: dict[str, type], of_completions: dict[str, type] | None = None
+) -> list[dict]:
     """The objects of a jsonl file, none where there is no file. A last line without an end is still
-    being written, or a kill has cut it, and is left out. needed: what each object has, by name."""
+    being written, or a kill has cut it, and is left out. needed: what each object has, by name, and
+    each of its completions."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -118,7 +137,9 @@ def read_lines(file: Path, needed: dict[str, type]) -> list[dict]:
             continue
         try:
             found = json.loads(line, parse_constant=lambda _: None)  # NaN: JSON has none
-            missing = [name for name, kind in needed.items() if not isinstance(found[name], kind)]
+            missing = lacking(found, needed)
+            for completion in found["completions"] if of_completions else ():
+                missing += lacking(completion, of_completions)
         except (ValueError, TypeError):
             missing = ["JSON object"]
         except KeyError as error:
@@ -130,3 +151,8 @@ def read_lines(file: Path, needed: dict[str, type]) -> list[dict]:
             )
         objects.append(found)
     return objects
+
+
+def lacking(found: dict, needed: dict[str, type]) -> list[str]:
+    """Names whose values are not of their kind; KeyError where there is none."""
+    return [name for name, kind in needed.items() if not isinstance(found[name], kind)]

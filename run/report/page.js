@@ -52,10 +52,10 @@ function showTop() {
   const step = metrics.step.at(-1);
   const left = Math.max(0, story.max_steps - step);
   for (const name of story.rewards) addReward(name);
-  if (!story.rewards.length) addTile("reward", number(metrics.reward.at(-1)), "");
+  if (!story.rewards.length) addTile("reward", number(metrics.reward?.at(-1)), "");
   addTile("steps", number(step), left ? `of ${number(story.max_steps)}` : "");
   addTile("time", clock(seconds), left ? `${clock((seconds / step) * left)} left` : "");
-  addTile("tokens", number(metrics.num_tokens.at(-1)), "");
+  addTile("tokens", number(metrics.num_tokens?.at(-1)), "");
   if (metrics.completion_length) addTile("mean length", ...arrow(metrics.completion_length));
 }
 
@@ -87,9 +87,9 @@ function clock(seconds) {
 
 function showHealth() {
   const lines = story.health.map(({ step, text }) =>
-    el("div", { class: "health" }, el("b", {}, `step ${step}`), text),
+    el("div", { class: "health" }, el("b", {}, step ? `step ${step}` : "at the start"), text),
   );
-  const short = (story.metrics.step ?? []).length < 5; // what a cause takes to show
+  const short = story.metrics.step.length < story.patience; // what a cause takes to show
   const words = short ? "Too short to tell whether it is healthy." : "Healthy: the run had nothing to warn of.";
   const good = el("div", { class: "health good" }, words);
   byId("health").append(...(lines.length ? lines : [good]));
@@ -334,7 +334,7 @@ function listen() {
   // A pointer over a token, or a finger on it.
   for (const kind of ["pointerover", "click"]) {
     byId("groups").addEventListener(kind, (event) => {
-      const told = event.target.told;
+      const told = event.target.closest(".t")?.told; // of a token, or of what is marked in it
       if (!told) hideTip();
       else showTip(event, visible(told.completion.tokens.tokens[told.i]), numbersOf(told));
     });

@@ -13,7 +13,7 @@ import json
 import os
 from collections import defaultdict
 
-from run.health import Health
+from run.health import PATIENCE, Health, at_start
 from run.report.folder import Run
 
 LARGEST = 24_000_000  # bytes of completions in a page; beyond, only some steps have theirs
@@ -33,6 +33,7 @@ def story(run: Run, refresh: float = 0.0) -> dict:
         "evaluations": columns(run.evaluations),
         "rewards": run.rewards,
         "health": health(run),
+        "patience": PATIENCE,
         "prompt": shortened,
         "steps": kept,
         "steps_left_out": len(steps) - len(kept),
@@ -66,9 +67,10 @@ def short(value):
 
 
 def health(run: Run) -> list[dict]:
-    """What the run said while it went on, by the lines that are logged."""
+    """What the run said before its first step, as step 0, and while it went on, by the lines that
+    are logged."""
     watch = Health(run.args)
-    told = []
+    told = [{"step": 0, "text": text} for text in at_start(run.steps[0])]
     for line in run.steps:
         told += [{"step": line["step"], "text": text} for text in watch.lines(line)]
     return told
@@ -83,7 +85,8 @@ def steps_of(run: Run) -> list[dict]:
     drawn = {}  # (step, place among what was drawn for it) → a completion
     by_kind = defaultdict(list)
     for record in run.completions:
-        by_kind[record["step"], record.get("phase", "train")].append(record)
+        phase = "eval" if record.get("phase") == "eval" else "train"
+        by_kind[record["step"], phase].append(record)
     for (step, phase), records in by_kind.items():
         G = run.args.num_generations
         if phase == "eval":

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def completions(run: Run, count: int = 5) -> list[str]:
     """Some of the last step's, with what they earned."""
-    trained = [record for record in run.completions if record.get("phase", "train") == "train"]
+    trained = [record for record in run.completions if record.get("phase") != "eval"]
     if not trained:
         return []
     before, after = common_parts([record["prompt"] for record in trained])
@@ -27,7 +27,9 @@ def completions(run: Run, count: int = 5) -> list[str]:
         rewards = [f"{name} {v:g}" for name, v in record["rewards"].items() if v is not None]
         earned = ", ".join(rewards)
         lines += ["", f"  {harmless(question)}", f"  {harmless(record['completion'].strip())}"]
-        lines.append(f"  ({earned}; advantage {record['advantage']:+.2f})")
+        advantage = record.get("advantage")
+        told = "" if advantage is None else f"; advantage {advantage:+.2f}"
+        lines.append(f"  ({earned}{told})")
     return [*lines, ""]
 
 
@@ -44,7 +46,10 @@ def results(run: Run) -> list[str]:
             lines.append(f"{name} on held-out questions: {first} {before}, {last} after step {end}")
     last = run.steps[-1]
     minutes = run.seconds / 60
-    lines.append(f"{last['step']} steps in {minutes:.1f} minutes, {last['num_tokens']:,} tokens")
+    told = f"{last['step']} steps in {minutes:.1f} minutes"
+    if "num_tokens" in last:
+        told += f", {last['num_tokens']:,} tokens"
+    lines.append(told)
     return lines
 
 

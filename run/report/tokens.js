@@ -71,9 +71,12 @@ function textOf(completion, measure, scale, query) {
     return box;
   }
   const numbers = completion.tokens;
+  const hits = hitsOf(numbers.tokens.join(""), query);
+  let start = 0;
   numbers.tokens.forEach((text, i) => {
     const told = numbers.before !== undefined;
-    const node = el("span", { class: told ? "t" : "t untold" }, text);
+    const node = el("span", { class: told ? "t" : "t untold" }, ...markedPart(text, start, hits));
+    start += text.length;
     tint(node, measure, measure.of(numbers, i, completion), scale);
     node.told = { completion, i };
     box.append(node);
@@ -83,15 +86,34 @@ function textOf(completion, measure, scale, query) {
 
 // Text with what is searched for marked.
 function marked(text, query) {
-  if (!query) return [text];
-  const parts = [];
-  const lower = text.toLowerCase();
-  let end = 0;
-  for (let at = lower.indexOf(query); at >= 0; at = lower.indexOf(query, end)) {
-    parts.push(text.slice(end, at), el("mark", {}, text.slice(at, at + query.length)));
-    end = at + query.length;
+  return markedPart(text, 0, hitsOf(text, query));
+}
+
+// Where a text has what is searched for: [[start, end], …].
+function hitsOf(text, query) {
+  const hits = [];
+  if (!query) return hits;
+  // A letter whose small one is longer, such as İ, stays: places are those of the text itself.
+  const small = (letter) => (letter.toLowerCase().length === letter.length ? letter.toLowerCase() : letter);
+  const lower = text.replace(/\p{Lu}/gu, small);
+  for (let at = lower.indexOf(query); at >= 0; at = lower.indexOf(query, at + query.length)) {
+    hits.push([at, at + query.length]);
   }
-  return [...parts, text.slice(end)];
+  return hits;
+}
+
+// A part of a text that begins at `start` there: a hit may lie in several parts.
+function markedPart(part, start, hits) {
+  const nodes = [];
+  let end = 0;
+  for (const [from, to] of hits) {
+    const first = Math.max(0, from - start);
+    const last = Math.min(part.length, to - start);
+    if (first >= last) continue;
+    nodes.push(part.slice(end, first), el("mark", {}, part.slice(first, last)));
+    end = last;
+  }
+  return [...nodes, part.slice(end)];
 }
 
 // The rows of the tip over a token.

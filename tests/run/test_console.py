@@ -24,6 +24,42 @@ def test_the_last_line_is_without_what_a_terminal_would_obey(capsys):
     assert capsys.readouterr().err == "train.py: --reward_funcs mine: ␛[2J␇\n"
 
 
+READ = (
+    "import sys; from run import console; console.settle()\n"
+    "try: print(ascii(input()))\n"
+    "except (EOFError, OSError): print('end')\n"
+)
+INPUTS = {  # what stands on standard input, or why it cannot be read → what is read
+    "UTF-8": ("café π\n".encode(), "'caf\\xe9 \\u03c0'"),
+    "Latin-1": ("café\n".encode("latin-1"), "'caf\\xe9'"),
+    "a lone surrogate": (b"\xed\xa0\x80\n", "'\\xed\\xa0\\x80'"),
+    "nothing": (b"", "end"),
+    "closed": (0, "end"),
+    "for writing alone": (os.devnull, "end"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("case", INPUTS)
+def test_whatever_standard_input_is_it_is_read_or_ends(case, encoding):
+    given, expected = INPUTS[case]
+    settings = {"input": given} if isinstance(given, bytes) else {}
+    if given == 0:
+        settings["preexec_fn"] = closed(0)
+    if isinstance(given, str):
+        settings["stdin"] = os.open(given, os.O_WRONLY)
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        **settings,
+    )
+    if isinstance(given, str):
+        os.close(settings["stdin"])
+    assert done.stdout.decode() == f"{expected}\n", done.stderr.decode()[-500:]
+
+
 def closed(*numbers):
     return lambda: [os.close(number) for number in numbers]
 

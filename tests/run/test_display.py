@@ -1,6 +1,8 @@
 """The panel that follows a run: it moves, it leaves the terminal clean, and it is not there elsewhere."""
 
+import io
 import json
+import re
 import signal
 import sys
 import time
@@ -73,6 +75,33 @@ def test_at_any_end_the_panel_is_gone_and_the_last_line_is_last(case):
     assert "step 0 of 10" in seen.frames[-2][1] or len(seen.frames) > 2
     assert "step 0 of 10" not in seen.frames[-1][1] and "said" in seen.frames[-1][1]
     assert seen.cursor == (False, 0) and b"\x1b[?25l" not in seen.written
+
+
+FACTS = {"reward": "0.500", "groups that teach": "60%", "length": "23.1", "kl": "0.0012"}
+
+
+@pytest.mark.parametrize("width", [90, 30, 12, 1])
+def test_a_panel_fits_its_terminal(width, monkeypatch):
+    """In 30 columns the step, its numbers, answers and advantages are whole; no width ends a run."""
+    from rich.console import Console
+
+    screen = display.Screen()
+    screen.console = Console(width=width, height=50, file=io.StringIO(), force_terminal=True)
+    screen.live = object()
+    screen.begin(3, 10, lambda step: {"evaluate": 2, "save": 1})
+    for reward in range(50):
+        screen.step(5, FACTS, {"time/step": 10.0, "reward": reward})
+    answers = [("so it is <answer>68</answer>", "accuracy 1", 0.71), ("no", "accuracy 0", -0.71)]
+    screen.show_sample("What is 23 + 45? " * 9, "68", answers)
+    with screen.console.capture() as shown_now:
+        screen.console.print(screen.panel())
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown_now.get())
+    assert max(len(line.rstrip()) for line in plain.splitlines()) <= width
+    if width >= 30:
+        for told in ("step 5 of 10", "groups that teach 60%", "+0.71", "-0.71", "</answer>"):
+            assert told in plain, told
+        (bars,) = (line for line in plain.splitlines() if "▁" in line)
+        assert bars.startswith("reward ▁") and "█" in bars
 
 
 def test_a_terminal_of_ascii_gets_nothing_else():

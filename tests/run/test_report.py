@@ -12,8 +12,10 @@ import torch
 from conftest import flags_for, read_metrics, timeless, train_here
 from processes import run_forked
 
+from data import UsageError
+from run import health
 from run.report import __main__ as report
-from run.report import folder, page, story
+from run.report import folder, page, story, summary
 from run.tokens import pieces
 
 HOSTILE = [
@@ -226,6 +228,21 @@ def test_search_finds_what_a_plain_search_of_the_file_finds(browser, made):
     assert marked == {"say"}
 
 
+def test_what_is_searched_for_is_marked_in_coloured_tokens_too(browser, made):
+    """A hit may lie in several tokens, and stands after letters whose small ones are longer."""
+    open_page(browser, made, "step=2&query=script")
+    tokens = find(browser, ".group:first-child .completion:first-child .t")
+    assert len(tokens) == 3
+    marks = texts(browser, ".group:first-child .completion:first-child mark")
+    assert marks[:3] == ["scr", "ipt", "script"] and "".join(marks) == "script" * 3
+    assert "".join(node.get_property("textContent") for node in tokens) == HOSTILE[0]
+    hover(browser, find(browser, ".group:first-child .t mark")[0])
+    rows = dict(row.split("\t") for row in tip_rows(browser))
+    assert rows["token"] == "2 of 3, id 8"
+    hits = "return marked('\u0130\u0130 Say SAY', 'say').map(node => node.textContent ?? node)"
+    assert browser.execute_script(hits) == ["\u0130\u0130 ", "Say", " ", "SAY", ""]
+
+
 def test_held_out_completions_stand_apart(browser, made):
     open_page(browser, made)
     choose(browser, "phase", "eval")
@@ -282,11 +299,51 @@ def test_a_run_without_completions_gets_its_curves_and_is_told_how_to_have_them(
     (path / "completions.jsonl").unlink()
     (path / "tokens.jsonl").unlink()
     report.main([str(path)])
-    assert "--log_completions true" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nno completions were recorded; --log_completions true records them, --log_tok" in said
     open_page(browser, path)
     assert len(find(browser, ".plot path.bold")) >= 3
     assert "--log_completions true" in texts(browser, "#told")[0]
     assert not find(browser, "#slider")[0].is_displayed()
+
+
+AT_START = {"prompts_per_row": 2.0, "weights_out_of_reach": 0.9}
+
+
+@pytest.mark.parametrize("patience", [2, 5])
+def test_a_run_is_healthy_if_it_had_nothing_to_warn_of_at_its_start_either(
+    patience, browser, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(story, "PATIENCE", patience)
+    path = make_run(tmp_path / "run")
+    report.write_page(folder.read(path))
+    open_page(browser, path)
+    (told,) = texts(browser, ".health")
+    assert ("Too short" in told) == (patience > 4) and ("Healthy" in told) == (patience <= 4)
+    rewrite(path / "metrics.jsonl", lambda line: line | AT_START)
+    report.write_page(folder.read(path))
+    open_page(browser, path)
+    told = texts(browser, ".health")
+    assert [line.partition(":")[0] for line in told] == [
+        "at the start--dataset",
+        "at the start--learning_rate",
+    ]
+    expected = health.at_start(AT_START)
+    assert [line.removeprefix("at the start") for line in told] == expected
+
+
+def test_the_page_of_lines_that_tell_the_least_opens(browser, tmp_path):
+    path = make_run(tmp_path / "run")
+    rewrite(
+        path / "metrics.jsonl", lambda line: {k: line[k] for k in line if k in ("step", "loss")}
+    )
+    report.write_page(folder.read(path))
+    open_page(browser, path)
+    assert "tokens–" in texts(browser, ".tile") and "reward–" in texts(browser, ".tile")
+
+
+def rewrite(file, change):
+    lines(file, [change(json.loads(line)) for line in file.read_text().splitlines()])
 
 
 def test_watch_keeps_an_open_page_fresh_until_the_run_is_over(browser, tmp_path):
@@ -337,8 +394,35 @@ def damage(path, file, text):
     (path / file).write_text(text)
 
 
+def remains(path, *names):
+    """Of a run's folder these files alone."""
+    for file in path.iterdir():
+        if file.name not in names:
+            file.unlink()
+
+
+def is_a_file(path):
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+NO_PLACE = {"step": 1, "drawn": 1, "prompt": "", "completions": [{"tokens": [], "rewards": {}}]}
 BAD_FOLDERS = {
     "nowhere": (lambda path: shutil.rmtree(path), r"no such folder"),
+    "a file": (is_a_file, "a file; a run's --output_dir works"),
+    "nothing yet": (
+        lambda path: remains(path, "args.json"),
+        "neither metrics.jsonl nor completions.jsonl says anything yet; --watch waits",
+    ),
+    "an evaluation": (
+        lambda path: damage(path, "evaluation.json", "{}"),
+        "an evaluation's folder, with no steps to show; a run's --output_dir works",
+    ),
+    "an empty folder": (lambda path: remains(path), "no run's folder, for it has no args.json"),
+    "tokens without a place": (
+        lambda path: damage(path, "tokens.jsonl", json.dumps(NO_PLACE) + "\n"),
+        "tokens.jsonl: line 1 is broken, for it has no index",
+    ),
     "no run": (lambda path: (path / "args.json").unlink(), r"has no args.json"),
     "no flags": (lambda path: damage(path, "args.json", "[1]"), r"args.json: no run's flags"),
     "no metrics": (lambda path: (path / "metrics.jsonl").unlink(), r"no step in metrics.jsonl yet"),
@@ -367,6 +451,51 @@ def test_a_folder_that_is_no_run_is_told_in_one_line(name, tmp_path, capsys):
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
     assert line in said and str(path) in said
+
+
+def test_watch_waits_for_no_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(UsageError, match="an evaluation's folder"):
+        report.watch(tmp_path, 60)
+
+
+def test_a_checkpoints_folder_names_its_runs(tmp_path, capsys):
+    path = make_run(tmp_path / "run")
+    (path / "checkpoint-4").mkdir()
+    with pytest.raises(SystemExit):
+        report.main([str(path / "checkpoint-4")])
+    assert f"no args.json; that of its run, {path}, works\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["metrics", "completions", "tokens"])
+def test_whatever_a_line_lacks_there_is_a_page_or_one_line(file, tmp_path):
+    """Every key that a line has, and every key of a completion in it, taken away or null."""
+    path = make_run(tmp_path / "run")
+    whole = (path / f"{file}.jsonl").read_text()
+    made = [json.loads(line) for line in whole.splitlines()]
+    names = dict.fromkeys(name for line in made for name in line)
+    names |= {("in", name): None for name in tokens_of(completions_of(1, ["a"])[0], 0)}
+    pages = 0
+    for name in names:
+        for change in (lambda of, key: of.pop(key, None), lambda of, key: of.update({key: None})):
+            changed = json.loads(json.dumps(made))
+            for line in changed:
+                inner = line.get("completions", []) if isinstance(name, tuple) else [line]
+                for one in inner:
+                    change(one, name[1] if isinstance(name, tuple) else name)
+            lines(path / f"{file}.jsonl", changed)
+            try:
+                run = folder.read(path)
+            except UsageError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+                continue
+            report.write_page(run)
+            summary.completions(run), summary.results(run)
+            summary.draw_curve(run, path / "curve.png")
+            pages += 1
+    assert pages > 8
 
 
 @pytest.mark.parametrize("words", [[], ["--watch", "0"], ["--watch", "often"], ["--port", "8"]])

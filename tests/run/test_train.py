@@ -183,6 +183,36 @@ def test_wandb_gets_metrics_and_completions(model_folder, plugin, tmp_path, monk
     assert len((tmp_path / "o" / "completions.jsonl").read_text().splitlines()) == 16
 
 
+@pytest.mark.parametrize("most", [1000, 10])
+def test_wandb_gets_one_table_of_a_whole_evaluation(most, monkeypatch, capsys):
+    """However it was batched, and of each evaluation its own; of very many completions the first."""
+    wandb = types.ModuleType("wandb")
+    exec(WANDB, vars(wandb))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(reports, "ROWS", most)
+    args = types.SimpleNamespace(project="p", run_name=None, output_dir="o")
+    report = reports.WandB(args)
+
+    def records(first, count):
+        common = {"prompt": "p", "advantage": None, "rewards": {"a": 1.0}}
+        return [common | {"completion": str(i)} for i in range(first, first + count)]
+
+    for step in (0, 2):
+        for batch in range(3):
+            report.completions(records(100 * step + 4 * batch, 4), "eval/", step)
+        report.completions(records(50, 4), "", step)
+        report.metrics({"step": step, "reward": 1.0}, step)  # a line of training keeps none back
+        report.metrics({"step": step, "eval/reward": 1.0}, step)
+    logged = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    tables = {}
+    for line in logged:
+        if rows := line["wandb"].get("eval/completions"):
+            assert line["step"] not in tables
+            tables[line["step"]] = [int(row[1]) for row in rows]
+    assert tables == {step: list(range(100 * step, 100 * step + 12))[:most] for step in (0, 2)}
+    assert sum("completions" in line["wandb"] for line in logged) == 2
+
+
 TRACKIO = """
 import json
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 
 import data
 import rewards
-from run import chat, evaluate, flags, merge, passes, setup, trained
+from run import chat, evaluate, flags, merge, moved, passes, setup, trained
 from run.chat import Screen, harmless
 
 G = 4
@@ -165,6 +166,25 @@ def test_flags_win_over_the_runs_own(runs, tmp_path):
     assert found["means"]["reward"] == pytest.approx(found["means"]["rewards/accuracy"])
     args = json.loads((tmp_path / "out" / "args.json").read_text())
     assert args["system"] == "Count." and args["top_k"] == 20  # the run's
+
+
+@pytest.mark.parametrize("width", [90, 30, 1])
+def test_a_table_of_results_fits_its_terminal(width, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    one = {"value": 0.871, "low": 0.82, "high": 0.91}
+    found = {"checkpoint": "output/checkpoint-140", "questions": 256, "completions": 8}
+    found |= {"temperature": 1.0, "metrics": {"greedy": one, "pass@2": one}}
+    found |= {"means": {"reward": 2.1, "rewards/accuracy": 0.87, "completion_length": 23.1}}
+    args = SimpleNamespace(val_dataset=["sums"], num_generations_eval=8, temperature_eval=1.0)
+    evaluate.tell(found, args, tmp_path)
+    table = capsys.readouterr().out.partition("every completion")[0]
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= width
+    if width >= 30:
+        for told in ("greedy", "pass@2", "87.1%", "82", "91", "completion_length", "23.100"):
+            assert told in table, told
+        assert "95 % over questions" in " ".join(table.split()) and "…" not in table.replace(
+            " … ", ""
+        )
 
 
 def test_vllm_draws_where_it_is_asked_to(runs, tmp_path, monkeypatch):
@@ -421,6 +441,106 @@ def test_on_a_terminal_thoughts_stand_apart_however_they_are_cut(size, monkeypat
     assert answer == "<answer>19</answer> <thi\n"
 
 
+EDITS = """
+import sys
+from run import chat, console
+console.settle()
+for question in chat.Screen().questions():
+    print("asked", question, flush=True)
+    if question == "quit":
+        break
+"""
+
+
+def test_on_a_terminal_a_line_is_edited_and_the_ones_before_come_back():
+    """Typed: a line that the left arrow mends; the up arrow, which brings it again; the end."""
+    pytest.importorskip("readline")
+    ours, theirs = os.openpty()
+    talk = subprocess.Popen(
+        [sys.executable, "-c", EDITS],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(theirs)
+    said = b""
+
+    def wait_for(text):
+        nonlocal said
+        while text not in said:
+            assert select.select([ours], [], [], 60)[0], said
+            said += os.read(ours, 4096)
+        said = said.partition(text)[2]
+
+    wait_for(b"> ")
+    os.write(ours, b"ac\x1b[Db\r")
+    wait_for(b"asked abc")
+    wait_for(b"> ")
+    os.write(ours, b"\x1b[Ad\r")
+    wait_for(b"asked abcd")
+    wait_for(b"> ")
+    os.write(ours, b"quit\r")
+    assert talk.wait(30) == 0
+    os.close(ours)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_an_answer_that_is_cut_says_so(length, runs, monkeypatch, capsys):
+    """Drawn are four tokens, of which the last one ends an answer."""
+
+    def draw(sampler, prompt_ids, seed):
+        end = next(iter(sampler.ends))
+        yield from [400, 401, 402, end][:length]
+
+    monkeypatch.setattr(chat, "draw", draw)
+    words = [runs / "lora", "--max_completion_length", length]
+    said = converse(monkeypatch, "What is 2 + 2?\n", *words)
+    told = capsys.readouterr().err
+    assert "--max" not in said and ("cut at 3 tokens; --max_completion_length 6" in told) == (
+        length == 3
+    )
+
+
+def test_on_a_terminal_a_note_is_dim(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    Screen().note("cut at 3 tokens [bold]")
+    assert sys.stdout.getvalue() == "\x1b[2m(cut at 3 tokens [bold])\x1b[0m\n"
+
+
+def test_temperature_0_is_greedy(runs, tmp_path, monkeypatch, capsys):
+    from run import trained
+
+    checkpoint = trained.find(str(runs / "full"))
+    model = chat.Model(trained.flags_of(checkpoint, chat.NAMES, {"temperature": 0.0}))
+    turns = [{"role": "user", "content": "What is 2 + 2?"}]
+    answers = {"".join(model.answer(turns)) for model.args.seed in range(4)}
+    prompt = data.encode(
+        [{"prompt": [{"role": "system", "content": "Count."}, *turns]}], model.run.tokenizer
+    )[0][0]["prompt_ids"]
+    (likeliest,) = model.run.sampler.generate([prompt], [0], temperature=0)
+    assert answers == set(model.run.texts([likeliest]))
+    common = ["--val_dataset", "arithmetic-test#6", "--output_dir"]
+    said_by(evaluate, runs / "full", "--metrics", "greedy", *common, tmp_path / "a")
+    said = said_by(evaluate, runs / "full", "--temperature", "0", *common, tmp_path / "b")
+    found = [json.loads((tmp_path / out / "evaluation.json").read_text()) for out in "ab"]
+    assert found[0]["metrics"] == found[1]["metrics"] and found[1]["completions"] == 1
+    assert "pass@k takes" not in said
+    with pytest.raises(SystemExit):
+        evaluate.main([str(runs / "full"), "--temperature", "0", "--num_generations_eval", "4"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--num_generations_eval 4: at temperature 0 all completions of a question" in line
+
+
+def test_one_completion_a_question_tells_how_to_have_pass_at_k(runs, tmp_path):
+    words = ["--val_dataset", "arithmetic-test#6", "--output_dir", tmp_path / "a"]
+    said = said_by(evaluate, runs / "full", *words, "--num_generations_eval", "1")
+    assert "pass@k takes several completions a question: --num_generations_eval 8" in said
+
+
 def talk_for_ever(folder) -> None:
     sys.stdin = SimpleNamespace(readline=lambda: "What is 2 + 2?\n", isatty=lambda: False)
     chat.main([str(folder)])
@@ -553,7 +673,140 @@ def test_training_goes_on_from_a_lora_folder(runs, model, plugin, tmp_path):
     assert vars(again) == args | vars(again) and again.adapters == str(start)
 
 
+# A base that has moved ---------------------------------------------------------------------------
+
+GONE = "/gone/checkout/models/SmolLM2-135M-Instruct"
+
+
+def flags_of(folder, **typed):
+    from run import trained
+
+    return trained.flags_of(trained.find(str(folder)), chat.NAMES, typed)
+
+
+@pytest.fixture
+def untold():
+    """What is told once is told in each test."""
+    moved.tell.cache_clear()
+
+
+@pytest.mark.parametrize("recorded", [GONE, "models/SmolLM2-135M-Instruct"])
+def test_the_embedded_model_of_another_checkout_is_this_ones(
+    recorded, runs, tmp_path, capsys, monkeypatch, untold
+):
+    monkeypatch.chdir(tmp_path)
+    start = runs / "lora" / "checkpoint-2"
+    folder = copy_of(start, tmp_path / "a", base_model_name_or_path=recorded)
+    words = ["--model", str(folder), "--dataset", "arithmetic"]
+    for args in (flags_of(folder), flags.parse_args(words), flags.parse_args(words)):
+        assert args.model == str(flags.EMBEDDED_MODEL) and args.adapters == str(folder)
+    (line,) = capsys.readouterr().err.splitlines()  # once, however often they are read
+    assert f"its base {recorded} is not there: {flags.EMBEDDED_MODEL} takes its place" in line
+
+
+def test_a_model_of_that_name_elsewhere_is_not_taken_for_it(runs, tmp_path, capsys):
+    for recorded in ("/gone/SmolLM2-135M-Instruct", "/gone/models/SmolLM2-135M-Instruct-x"):
+        folder = copy_of(
+            runs / "lora" / "checkpoint-2",
+            tmp_path / recorded[-3:],
+            base_model_name_or_path=recorded,
+        )
+        said = refused(["--model", folder, "--dataset", "arithmetic"], capsys)
+        line = f"train.py: --model {folder}: its base model is in none of {recorded}; "
+        assert said == f"{line}--adapters {folder} --model BASE names its place\n"
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folder = copy_of(runs / "lora" / "checkpoint-2", tmp_path / "h", base_model_name_or_path=hub)
+    assert flags_of(folder).model == hub
+
+
+def test_a_relative_base_is_looked_for_where_one_is_and_beside_the_checkpoint(
+    runs, model, tmp_path, monkeypatch, capsys, untold
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (elsewhere / "base").mkdir(parents=True)
+    start = runs / "lora" / "checkpoint-2"
+    one = copy_of(start, run / "checkpoint-2", base_model_name_or_path="base")
+    two = copy_of(start, run / "checkpoint-3", base_model_name_or_path="./../../base")
+    for place, folder in ((run / "base", one), (tmp_path / "base", two)):
+        shutil.copytree(model, place)
+        monkeypatch.chdir(tmp_path if folder is one else elsewhere)
+        if folder is one:
+            (tmp_path / "base").mkdir()
+            assert flags_of(folder).model == "base"  # of the working folder
+            (tmp_path / "base").rmdir()
+        assert os.path.samefile(flags_of(folder).model, place)
+    monkeypatch.chdir(runs)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(data.UsageError) as told:
+        flags_of(two)
+    assert str(told.value).endswith("; --model BASE names its place")
+    assert str(two / ".." / ".." / "base") in str(told.value)
+
+
+def test_every_command_takes_the_base_from_a_flag(runs, model, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    gone = {"base_model_name_or_path": "/gone/model"}
+    folder = copy_of(runs / "lora" / "checkpoint-2", run / "checkpoint-2", **gone)
+    shutil.copy(runs / "lora" / "args.json", run)
+    for command, words in ((chat, []), (evaluate, []), (merge, [tmp_path / "no"])):
+        with pytest.raises(SystemExit):
+            command.main([str(word) for word in (folder, *words)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "in none of /gone/model; --model BASE names its place" in line
+    out = tmp_path / "merged"
+    said_by(merge, folder, out, "--model", model)
+    expected = checkpoint_weights(model).keys()
+    assert checkpoint_weights(out).keys() == expected
+    assert converse(monkeypatch, "What is 2 + 2?\n", folder, "--model", model).strip()
+    said = said_by(
+        evaluate, folder, "--model", model, "--output_dir", tmp_path / "e", "--metrics", "greedy"
+    )
+    assert "greedy" in said
+    with pytest.raises(SystemExit):
+        chat.main([str(runs / "full"), "--model", str(model)])
+    assert "is a whole model and has no base" in capsys.readouterr().err
+
+
+def test_a_base_that_no_hub_has_is_told_with_the_flag_that_helps(runs, tmp_path, capsys):
+    hub = "nobody/nothing-of-this-name"
+    folder = copy_of(runs / "lora" / "checkpoint-2", tmp_path / "h", base_model_name_or_path=hub)
+    with pytest.raises(SystemExit):
+        chat.main([str(folder)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--model {hub}: not a model folder or hub id" in line
+    assert line.endswith(f"{folder} has it as its base, and --model BASE names another place")
+
+
+def test_a_file_of_flags_from_another_checkout_means_this_ones_model_and_plugin(
+    tmp_path, capsys, untold
+):
+    plugin = "examples/train/grpo/plugin/close.py"
+    kept = {"model": GONE, "external_plugins": [f"/gone/{plugin}", "mine.py"], "dataset": ["x"]}
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps(kept))
+    args = flags.parse_args(["--config", str(file)])
+    assert args.model == str(flags.EMBEDDED_MODEL)
+    assert args.external_plugins == [str(ROOT / plugin), "mine.py"]
+    assert capsys.readouterr().err.count("takes its place\n") == 2
+    typed = flags.parse_args(["--config", str(file), "--model", "/gone/other"])
+    assert typed.model == "/gone/other"
+
+
+def test_peft_finds_the_base_that_a_run_has_recorded(runs, model):
+    peft = pytest.importorskip("peft")
+
+    folder = runs / "lora" / "checkpoint-2"
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    told = peft_model(model, folder)
+    ids = torch.tensor([[5, 6, 7, 300]])
+    with torch.no_grad():
+        torch.testing.assert_close(alone(ids).logits, told(ids).logits)
+
+
 REFUSED = {
+    "base_model_name_or_path": (3, "base_model_name_or_path 3"),
     "use_dora": (True, "use_dora true"),
     "modules_to_save": (["lm_head"], "modules_to_save lm_head"),
     "rank_pattern": ({"q_proj": 4}, "rank_pattern {'q_proj': 4}"),
