@@ -396,8 +396,5 @@ def describe(error: BaseException) -> str:
         ours = step.filename == rewards.__file__ or Path(step.filename).parent == HERE
         if not ours and not re.search("^<|/lib/python", step.filename):
             place = f" ({step.filename}:{step.lineno})"
-    return f"{type(error).__name__}: {one_line(error)}{place}"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or "no message"
+    told = " ".join(str(error).split())[:300] or "no message"
+    return f"{type(error).__name__}: {told}{place}"
