@@ -48,9 +48,9 @@ DEMO = (
     "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 "
     "--learning_rate 4e-4 --adam_beta2 0.98 --lr_scheduler_type linear --weight_decay 0 --beta 0 "
     "--num_generations 4 --gradient_checkpointing false --temperature 1.2 --temperature_eval 1 "
-    "--max_completion_length 32 --max_steps 160 --log_completions true "
+    "--max_completion_length 32 --max_steps 112 --log_completions true "
     "--log_tokens 2 --log_tokens_steps 10 "
-    "--num_generations_eval 1 --eval_on_start true --eval_steps 32"
+    "--num_generations_eval 1 --eval_on_start true --eval_steps 28"
 )
 
 
