@@ -51,11 +51,17 @@ def settle() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     # Whatever the locale is: texts are UTF-8, and of another one no byte is an error.
-    sys.stdin.reconfigure(encoding="utf-8", errors="as_latin")
+    reconfigure(sys.stdin, encoding="utf-8", errors="as_latin")
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
-        stream.reconfigure(errors="backslashreplace")
+        reconfigure(stream, errors="backslashreplace")
         setattr(sys, name, Unbroken(stream))
+
+
+def reconfigure(stream, **settings) -> None:
+    """Where that can be done: the streams of a notebook or an editor are of their own kinds."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(**settings)
 
 
 def harmless(text: str, keep: str = "\n\t") -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from run import flags
+from run import console, flags
 
 SAY = (
     "import os, sys; from run import console; console.settle()\n"
@@ -17,6 +17,27 @@ SAY = (
     "file = open(sys.argv[1], 'w'); assert file.fileno() > 2, file.fileno()\n"
     "file.write('done')\n"
 )
+
+
+def test_streams_of_another_kind_are_taken_as_they_are(monkeypatch):
+    """As a notebook has them, which cannot be given another encoding."""
+
+    class Stream:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    streams = {name: Stream() for name in ("stdin", "stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    console.settle()
+    print("written")
+    assert streams["stdout"].text == "written\n"
 
 
 def test_the_last_line_is_without_what_a_terminal_would_obey(capsys):
