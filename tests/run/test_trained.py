@@ -533,6 +533,13 @@ def test_temperature_0_is_greedy(runs, tmp_path, monkeypatch, capsys):
         evaluate.main([str(runs / "full"), "--temperature", "0", "--num_generations_eval", "4"])
     (line,) = capsys.readouterr().err.splitlines()
     assert "--num_generations_eval 4: at temperature 0 all completions of a question" in line
+    with pytest.raises(SystemExit):
+        evaluate.main([str(runs / "full"), "--temperature", "0", "--metrics", "pass@4"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("pass@1 or less, or a --temperature above 0, works")
+    for out, ways in (("a", {"sampled", "greedy"}), ("b", {"greedy"})):
+        text = (tmp_path / out / "completions.jsonl").read_text()
+        assert {json.loads(record)["drawn"] for record in text.splitlines()} == ways
 
 
 def test_one_completion_a_question_tells_how_to_have_pass_at_k(runs, tmp_path):
