@@ -503,6 +503,19 @@ def test_an_answer_that_is_cut_says_so(length, runs, monkeypatch, capsys):
     )
 
 
+def test_no_length_is_named_that_the_context_has_no_room_for(monkeypatch, capsys):
+    def answer(turns):
+        yield "so"
+
+    args = SimpleNamespace(max_completion_length=300)
+    model = SimpleNamespace(answer=answer, was_cut=True, args=args)
+    for model.context, told in ((601, "; --max_completion_length 600 has room\n"), (600, "\n")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is 2 + 2?\n"))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+        chat.chat(model)
+        assert capsys.readouterr().err == f"run.chat: cut at 300 tokens{told}"
+
+
 def test_on_a_terminal_a_note_is_dim(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
