@@ -126,7 +126,7 @@ def first_above(cdf: Tensor, target: Tensor) -> Tensor:
     """For each row the first index where cdf (B, n) exceeds target (B, 1).
 
     Such a token has a probability above 0. Rounding may put the target below 0 or at the cdf's end,
-    where none lies. Where the cdf is not a number it is the last, and its logarithm none either.
+    where none lies. Where the cdf is NaN it is the last index, whose probability is NaN, too.
     """
     end = cdf[:, -1:]
     below_end = torch.nextafter(end, torch.zeros_like(end))

@@ -8,12 +8,14 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     setup.py        the policy, its reference, the optimizer and the sampler, as flags say
     launch.py       torchrun, quietly, and with the run's exit status
     session.py      ranks meet, and any end is told in one last line
+    start.py        the output folder: what a run goes on from, what moves out of its way
     checks.py       what can be wrong is found before a model is loaded; ranks agree
     machine.py      what this machine has room for
     templates.py    what a chat template opens of an answer
     download.py     a model of the hub, with its bytes told
     models.py       what a model's configuration tells: whether it can be trained here
     scorer.py       the same of a reward model
+    finite.py       numbers that are not finite are told, and not saved
     health.py       a run that cannot learn says so
     readers.py      jsonl, json, csv, parquet, the hub
     plugins.py      rewards in files of your own

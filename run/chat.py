@@ -57,7 +57,8 @@ def chat(model: "Model") -> None:
         screen.end()
         if model.was_cut:
             length = model.args.max_completion_length
-            screen.note(f"cut at {length} tokens; --max_completion_length {2 * length} has room")
+            room = f"; --max_completion_length {2 * length} has room"
+            screen.note(f"cut at {length} tokens{room if 2 * length < model.context else ''}")
         turns.append({"role": "assistant", "content": answer})
 
 

@@ -95,9 +95,12 @@ def choose_metrics(args: argparse.Namespace, wanted: list[str]) -> list[str]:
             raise UsageError(f"--metrics {name}: no such metric; {KNOWN} works")
         if match[1] and int(match[1]) > G:
             kind = name.partition("@")[0]
+            more = f"--num_generations_eval {match[1]}"
+            if args.temperature_eval == 0:  # which makes them all the same
+                more = "a --temperature above 0"
             raise UsageError(
                 f"--metrics {name}: a question has but {G} completions; {kind}@{G} or less, or "
-                f"--num_generations_eval {match[1]}, works"
+                f"{more}, works"
             )
     if "accuracy" in args.reward_funcs:
         if wanted:
@@ -156,7 +159,8 @@ def evaluate(args: argparse.Namespace, world, checkpoint, wanted: list[str]) -> 
     if not world.is_main:
         return
     folder = Path(args.output_dir)
-    write_completions(folder / "completions.jsonl", run, rows, drawn)
+    told = {"greedy": drawn["sampled"]} if args.temperature_eval == 0 else drawn
+    write_completions(folder / "completions.jsonl", run, rows, told)
     found = {"checkpoint": str(checkpoint.folder), "step": step, "questions": len(rows)}
     found |= {"completions": G, "temperature": args.temperature_eval}
     found["metrics"] = values_of(wanted, run, drawn, G)

@@ -26,7 +26,7 @@ from data import UsageError, one_line
 from run import display
 
 OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs", "evaluations")
-OF_A_RUN += ("report.html", "curve.png")
+OF_A_RUN += ("report.html", "curve.png", "evaluation.json")
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 KEPT = ("master", "exp_avg", "exp_avg_sq")  # of each parameter, and of each dist.Bucket
 # Endings of folders that are not whole yet, or not whole any more: a kill may leave them.

@@ -181,6 +181,7 @@ class Watch:
     ):
         self.timeout, self.on_loss = timeout, on_loss
         self.closed, self.deferred, self.told = False, threading.Event(), threading.Event()
+        self.failing = False  # this process has an error of its own, and is about to tell it
         # Connections, and who is at their other ends: all others on rank 0, rank 0 on the others.
         self.peers: dict[socket.socket, str] = {}
         if rank == 0:
@@ -215,6 +216,7 @@ class Watch:
     def others_tell(self) -> bool:
         """This process has failed: whether rank 0 has, too, or knows of one that has, and told why.
         A failure that ranks share comes to all of them at about the same time."""
+        self.failing = True
         return self.told.wait(self.GRACE)
 
     # Meeting
@@ -282,7 +284,7 @@ class Watch:
                 news = self.FAILED + news
             with suppress(OSError):
                 connection.sendall(news)
-        self.deferred.wait(grace)
+        self.deferred.wait(self.GRACE if self.failing else grace)
         if not self.closed:
             self.on_loss(lost)
 

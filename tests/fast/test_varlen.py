@@ -1,6 +1,8 @@
 """Attention by one kernel for runs of any length, with a slow stand-in: the kernel runs on GPUs alone,
 where bench/gpu/kit.py compares it (part `packed`)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_batch, tiny_model
@@ -57,5 +59,21 @@ def test_runs_attend_as_the_plain_pass_does(architecture, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_the_kernel_is_for_gpus_in_half_precision():
-    assert not varlen.serves(torch.zeros(3, 2, 16, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("change", "serves"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"device": SimpleNamespace(type="cpu")}, False),
+        ({"dtype": torch.float32}, False),
+        ({"shape": (3, 2, 60)}, False),
+        ({"shape": (3, 2, 264)}, False),
+        ({"capability": (7, 5)}, False),
+    ],
+)
+def test_the_kernel_is_for_gpus_in_half_precision(change, serves, monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    query = {"device": gpu, "dtype": torch.bfloat16, "shape": (3, 2, 64), "capability": (9, 0)}
+    query = SimpleNamespace(**query | change)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: query.capability)
+    assert varlen.serves(query) == serves

@@ -251,6 +251,27 @@ def test_a_failure_of_one_rank_is_told_by_it_and_its_end_by_the_others(case, tmp
         assert ended == 1 and "lost rank 1 on " in said and "it failed, and has told why" in said
 
 
+def fail_while_another_dies(folder):
+    """Rank 1 fails by itself, and before it has told, rank 2 is killed."""
+    world = dist.find_world("cpu")
+    args = flags.parse_args(["--dataset", "x", "--output_dir", str(folder)])
+    with session.session(args, world):
+        if world.rank == 1:
+            raise RewardError("reward r, step 1, row 0: no such file")
+        if world.rank == 2:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.barrier()
+
+
+def test_what_a_rank_has_failed_of_is_told_though_another_is_lost_meanwhile(tmp_path):
+    jobs = [(fail_while_another_dies, (tmp_path,), place) for place in places(3)]
+    with forked(tmp_path, *jobs) as ranks:
+        ends = [rank.end(timeout=60) for rank in ranks]
+    assert "lost rank 2 on " in ends[0][1]
+    assert ends[1][1].startswith("train.py: reward r, step 1, row 0: no such file"), ends
+
+
 @pytest.fixture
 def in_session(tmp_path):
     """A run that does as it is told → its exit status."""

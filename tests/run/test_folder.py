@@ -20,6 +20,7 @@ import train
 from data import UsageError
 from run import checkpoints, folder, tokens
 from run.lines import Lines, cut_after
+from run.report import folder as report_folder
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +305,17 @@ def test_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkey
     for name in (folder.STATE, folder.OPTIMIZER):
         assert (unfinished / name, False) in synced
     assert synced[-1] == (tmp_path, True)
+
+
+def test_an_evaluations_numbers_move_away_with_its_completions(model_folder, plugin, tmp_path):
+    """Else a run that is trained there would be taken for an evaluation's folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("args.json", "completions.jsonl", "evaluation.json"):
+        (out / name).write_text("{}")
+    train_here(*flags_for(model_folder, plugin, out, max_steps=1))
+    assert (out / "earlier-1" / "evaluation.json").exists()
+    assert len(report_folder.read(out).steps) == 1
 
 
 # Whose it is -------------------------------------------------------------------------------------

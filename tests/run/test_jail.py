@@ -4,12 +4,14 @@ import ctypes
 import fcntl
 import os
 import platform
+import re
 import resource
 import signal
 import socket
 import struct
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -201,6 +203,28 @@ def test_every_call_of_the_table_is_refused_and_a_newer_one_is_not_there(machine
             assert said_of(*known, pairs[known[1]], *[9] * at, value) == answer
     for read_or_compute in {"x86_64": (0, 9, 12, 231), "aarch64": (63, 222, 214, 94)}[machine]:
         assert said_of(*known, read_or_compute) == jail.ALLOW
+
+
+# The kernel's own lists of numbers, where its headers are installed.
+HEADERS = {
+    "x86_64": ["/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"],
+    "aarch64": ["/usr/include/asm-generic/unistd.h"],
+}
+
+
+@pytest.mark.parametrize("machine", jail.ARCHITECTURES)
+def test_the_numbers_are_the_kernels(machine):
+    texts = [Path(file).read_text() for file in HEADERS[machine] if Path(file).exists()]
+    if not texts:
+        pytest.skip("no headers of the kernel")
+    found = re.findall(r"^#define __NR(?:3264)?_(\w+)\s+(\d+)", texts[0], re.MULTILINE)
+    kernels = {name: int(number) for name, number in found}
+    ours = dict(jail.REFUSED) | {name: rule[0] for name, rule in jail.OPENING.items()}
+    ours |= {name: rule[0] for name, rule in jail.ASKING.items()} | {"prlimit64": jail.LIMITS[0]}
+    place = jail.ARCHITECTURES[machine][1]
+    wrong = {name: pair for name, pair in ours.items() if pair[place] != kernels.get(name)}
+    # Older headers do not know of the newest calls.
+    assert not {name for name in wrong if name in kernels}
 
 
 def test_a_worker_has_no_pipe_but_its_own(monkeypatch):

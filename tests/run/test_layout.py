@@ -62,6 +62,13 @@ def test_fast_knows_nothing_of_run_and_run_takes_only_what_fast_offers():
                 assert not node.module.startswith("fast."), file
 
 
+@pytest.mark.parametrize("folder", ["fast", "run"])
+def test_every_file_of_a_folder_has_a_line_in_its_table(folder):
+    table = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+    there = {file.name for file in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert there <= set(table.split())
+
+
 @pytest.fixture(scope="module")
 def without_fast(tmp_path_factory):
     """A copy of the tree without fast/, with the embedded model where it was."""

@@ -503,6 +503,19 @@ def test_an_answer_that_is_cut_says_so(length, runs, monkeypatch, capsys):
     )
 
 
+def test_no_length_is_named_that_the_context_has_no_room_for(monkeypatch, capsys):
+    def answer(turns):
+        yield "so"
+
+    args = SimpleNamespace(max_completion_length=300)
+    model = SimpleNamespace(answer=answer, was_cut=True, args=args)
+    for model.context, told in ((601, "; --max_completion_length 600 has room\n"), (600, "\n")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is 2 + 2?\n"))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+        chat.chat(model)
+        assert capsys.readouterr().err == f"run.chat: cut at 300 tokens{told}"
+
+
 def test_on_a_terminal_a_note_is_dim(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -533,6 +546,13 @@ def test_temperature_0_is_greedy(runs, tmp_path, monkeypatch, capsys):
         evaluate.main([str(runs / "full"), "--temperature", "0", "--num_generations_eval", "4"])
     (line,) = capsys.readouterr().err.splitlines()
     assert "--num_generations_eval 4: at temperature 0 all completions of a question" in line
+    with pytest.raises(SystemExit):
+        evaluate.main([str(runs / "full"), "--temperature", "0", "--metrics", "pass@4"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("pass@1 or less, or a --temperature above 0, works")
+    for out, ways in (("a", {"sampled", "greedy"}), ("b", {"greedy"})):
+        text = (tmp_path / out / "completions.jsonl").read_text()
+        assert {json.loads(record)["drawn"] for record in text.splitlines()} == ways
 
 
 def test_one_completion_a_question_tells_how_to_have_pass_at_k(runs, tmp_path):
