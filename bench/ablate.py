@@ -55,7 +55,7 @@ def main() -> None:
     folders = {(v, seed): options.folder / f"{slug(v)}-{seed}" for seed, v in runs}
     if options.table:
         curves = {run: curve_of(folder) for run, folder in folders.items() if folder.exists()}
-        short = [run for run, curve in curves.items() if curve[-1][0] < options.completions]
+        short = [run for run, curve in curves.items() if not reached(curve, options.completions)]
         if short or not curves:
             sys.exit(f"--completions {options.completions}: not reached by {short or 'any run'}")
         report(curves, options)
@@ -126,6 +126,10 @@ def curve_of(folder: Path) -> list[tuple[int, float, float]]:
     return curve
 
 
+def reached(curve: list[tuple], completions: int) -> bool:
+    return bool(curve) and curve[-1][0] >= completions
+
+
 def at(curve: list[tuple], axis: int, budget: float) -> float:
     """The accuracy at a budget, between two evaluations on the line between them."""
     for before, after in zip(curve, curve[1:]):
@@ -163,9 +167,9 @@ def report(curves: dict, options: argparse.Namespace) -> None:
     for variant, row in rows.items():
         first, second = told(*row["at completions"]), told(*row["at seconds"])
         print(f"| {variant} | {row['seeds']} | {row['start']:.1%} | {first} | {second} |")
-    text = json.dumps(
-        {"completions": options.completions, "seconds": seconds, "rows": rows}, indent=1
-    )
+    kept = {"completions": options.completions, "seconds": seconds, "rows": rows}
+    kept["curves"] = {f"{variant}, seed {seed}": c for (variant, seed), c in curves.items()}
+    text = json.dumps(kept)
     (options.folder / "ablation.json").write_text(text + "\n")
     plot(curves, options)
 

@@ -3,8 +3,8 @@
     python -m run.chat CHECKPOINT                     a conversation, until Ctrl-D or Ctrl-C
     echo 'What is 12 + 7?' | python -m run.chat …     a line is a turn; the answers come out alone
 
-Tokens are drawn as in training: the run's system prompt, template and temperature, and the worked
-example of the built-in task. On a terminal what a model thinks, between <think> and </think>, is
+Tokens are drawn as in the run's evaluations: its system prompt, template and temperature, and the
+worked example of the built-in task. On a terminal what a model thinks, between <think> and </think>, is
 dim and stands apart. Control characters that it writes are shown as signs and not sent to the
 terminal, which would obey them.
 """
@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
     try:
         typed = trained.typed(parser, argv)
         checkpoint = trained.find(typed["checkpoint"])
-        args = trained.flags_of(checkpoint, (*NAMES, "dataset"), typed)
+        args = trained.flags_of(checkpoint, (*NAMES, "dataset", "temperature_eval"), typed)
+        if "temperature" not in typed:
+            args.temperature = args.temperature_eval
         trained.begin(checkpoint)
         chat(Model(args))
     except UsageError as error:

@@ -524,6 +524,20 @@ def test_on_a_terminal_a_note_is_dim(monkeypatch):
     assert sys.stdout.getvalue() == "\x1b[2m(cut at 3 tokens [bold])\x1b[0m\n"
 
 
+def test_a_chat_draws_as_the_runs_evaluations(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "full", folder)
+    args = json.loads((folder / "args.json").read_text())
+    args |= {"temperature": 1.3, "temperature_eval": 0.2}
+    (folder / "args.json").write_text(json.dumps(args))
+    asked = []
+    monkeypatch.setattr(chat, "Model", lambda args: asked.append(args.temperature))
+    monkeypatch.setattr(chat, "chat", lambda model: None)
+    chat.main([str(folder)])
+    chat.main([str(folder), "--temperature", "0.7"])
+    assert asked == [0.2, 0.7]
+
+
 def test_temperature_0_is_greedy(runs, tmp_path, monkeypatch, capsys):
     from run import trained
 
