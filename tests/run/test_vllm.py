@@ -286,7 +286,8 @@ def test_however_it_ends_every_process_is_gone_in_time(
         ended = time.monotonic()
         ends = [process.end(timeout=60) for process in processes]
         assert time.monotonic() - ended < 30 + 5 * (kind == signal.SIGSTOP)
-    assert all(found == status and message in said for found, said in ends), ends
+    # Of what ranks share, rank 0 alone tells.
+    assert all(found == status for found, _ in ends) and message in ends[0][1], ends
     assert_no_engine_but(before)
 
 
@@ -519,11 +520,11 @@ def test_logp_diff_stays_small_with_sync_and_grows_without(stale_from_step_4):
 
 
 @needs_vllm
-def test_when_the_engine_is_killed_every_rank_says_so_and_nothing_is_left(stale_from_step_4):
+def test_when_the_engine_is_killed_it_is_said_once_and_nothing_is_left(stale_from_step_4):
     run = stale_from_step_4
     assert run.status == 1 and run.seconds < 60
     message = "the engine was killed by signal 9; its log is"
-    assert run.error.count(message) >= 2, run.error[-3000:]
+    assert run.error.count(message) == 1, run.error[-3000:]
     assert_no_engine_but(run.before)
     assert not unused_memory() - run.memory
 
