@@ -925,3 +925,12 @@ def test_pefts_own_adapters_are_taken_as_peft_reads_them(model, tmp_path):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         assert not torch.allclose(plain(ids).logits, theirs(ids).logits, atol=1e-2)
+
+
+def test_a_runs_folder_as_the_model_is_told_its_newest_checkpoint(runs, capsys):
+    for name in ("lora", "full"):
+        (line,) = refused(["--model", runs / name, "--dataset", "arithmetic"], capsys).splitlines()
+        assert line.endswith(
+            f"--model {runs / name}: a run's folder, not a model's; its newest checkpoint, "
+            f"{runs / name / 'checkpoint-2'}, works"
+        )
