@@ -622,6 +622,16 @@ def test_a_merged_model_is_what_peft_makes_of_the_same_adapters(model, runs, mer
     assert moved > 1e-3
 
 
+def test_a_merged_model_is_asked_as_its_checkpoint(runs, merged, tmp_path):
+    """Rows, system prompt, lengths and temperature are the run's: so are the numbers."""
+    found = []
+    for folder in (runs / "lora" / "checkpoint-2", merged):
+        said_by(evaluate, folder, "--output_dir", tmp_path / folder.name)
+        found.append(json.loads((tmp_path / folder.name / "evaluation.json").read_text()))
+    assert found[1]["questions"] == found[0]["questions"]
+    assert found[1]["metrics"] == found[0]["metrics"]
+
+
 def test_a_merge_in_bfloat16_rounds_once(model, runs, merged, tmp_path):
     said_by(merge, runs / "lora" / "checkpoint-2", tmp_path / "out", "--torch_dtype", "bfloat16")
     exact = checkpoint_weights(merged)
