@@ -486,6 +486,19 @@ def test_on_a_terminal_a_line_is_edited_and_the_ones_before_come_back():
     os.close(ours)
 
 
+def test_ctrl_d_leaves_the_shell_a_line_of_its_own(monkeypatch):
+    def ends(prompt=""):
+        sys.stdout.write(prompt)
+        raise EOFError
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", ends)
+    assert list(Screen().questions()) == []
+    assert sys.stdout.getvalue() == "\n> \n"
+
+
 @pytest.mark.parametrize("length", [3, 40])
 def test_an_answer_that_is_cut_says_so(length, runs, monkeypatch, capsys):
     """Drawn are four tokens, of which the last one ends an answer."""
