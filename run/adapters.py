@@ -45,6 +45,7 @@ def take(args: argparse.Namespace, given: Collection[str], helps: str | None = N
     these or the folder say what cannot be.
     """
     flag = f"--adapters {args.adapters}"
+    refuse_runs_folder(args.model)
     if args.model and is_adapter(args.model):
         if args.adapters not in (None, args.model):
             raise UsageError(f"{flag}: --model {args.model} has adapters; one of the two works")
@@ -68,6 +69,14 @@ def take(args: argparse.Namespace, given: Collection[str], helps: str | None = N
             continue
         elif wanted != value:
             raise UsageError(f"--{name} {shown(wanted)}: {flag} has {shown(value)}; that works")
+
+
+def refuse_runs_folder(model: str | None) -> None:
+    """Which of a run's checkpoints to train is for somebody to say; UsageError names the newest."""
+    if model and folders.checkpoints(Path(model)) and not (Path(model) / "config.json").exists():
+        newest, _ = folders.newest_whole(Path(model))
+        works = f"its newest checkpoint, {newest}, works" if newest else "and none of it is whole"
+        raise UsageError(f"--model {model}: a run's folder, not a model's; {works}")
 
 
 def read_config(folder: str, flag: str) -> dict:

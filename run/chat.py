@@ -187,6 +187,8 @@ class Screen:
             try:
                 line = self.ask() if asks else input()
             except (EOFError, OSError):  # the latter of a stream that is not for reading
+                if asks:  # the shell's next line begins on its own
+                    print(file=sys.stdout if self.console.is_terminal else sys.stderr)
                 return
             if line.strip():
                 if self.console.is_terminal and not asks:  # one sees what is answered

@@ -84,11 +84,11 @@ class Screen:
         self.sampled, width = time.monotonic(), self.console.width
         told = f"{self.fit(question, width)}\nreference: {self.fit(reference, width - 12)}"
         table = Table(title=Text(told), title_justify="left", expand=True, title_style="")
-        table.add_column("answer", ratio=1, overflow="fold")
+        table.add_column("answer", ratio=3, overflow="fold")
         if width < NARROW:
             table.box, table.show_header = None, False
         else:
-            table.add_column("rewards")
+            table.add_column("rewards", ratio=2)
         table.add_column("advantage", justify="right", no_wrap=True)
         for answer, rewards, advantage in rows:
             color = "green" if advantage > 0 else "red" if advantage < 0 else ""
@@ -277,6 +277,16 @@ def say(line: str, style: str = "") -> None:
 def warn(line: str) -> None:
     """A line that stands out."""
     say(f"! {line}", "bold yellow")
+
+
+def end(lines: list[str]) -> None:
+    """The last lines. The first is broken between words, as all above a panel; the others stay as
+    they are, to be copied, and no panel is left."""
+    reached, *others = lines
+    say(reached)
+    screen.close()
+    for line in others:
+        say(line)
 
 
 def report(tokens: int, longest: int, going: int, rows: int) -> None:

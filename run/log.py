@@ -301,6 +301,4 @@ class Log:
         for report in self.reports:
             report.close()
         if self.main:
-            screen.close()
-            for line in shown.ending(self.folder, self.held_out, not self.asked_to_stop):
-                display.say(line)
+            display.end(shown.ending(self.folder, self.held_out, not self.asked_to_stop))

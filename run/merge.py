@@ -73,6 +73,8 @@ def merge(args: argparse.Namespace, out: Path) -> None:
     try:
         model.cpu().save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        if flags_file := trained.find(args.adapters).args_file:  # how the model is to be asked
+            shutil.copyfile(flags_file, unfinished / "args.json")
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(unfinished, out)  # over an empty folder, too
     finally:

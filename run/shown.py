@@ -42,7 +42,7 @@ def sample_of(batch, run) -> tuple[str, str, list[tuple[str, str, float]]]:
     rows = []
     for i, text in zip(some, run.texts([batch.completions[i] for i in some])):
         scores = zip(run.rewards.names, batch.scores[i])
-        earned = [f"{name} {score:g}" for name, score in scores if score is not None]
+        earned = [f"{name} {round(score, 3):g}" for name, score in scores if score is not None]
         rows.append((text, ", ".join(earned), advantages[i]))
     row = batch.rows[first]
     question = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
@@ -69,7 +69,7 @@ def ending(folder: Path, held_out: list[dict], is_over: bool) -> list[str]:
     """
     screen, name = display.screen, shlex.quote(str(folder))
     steps, seconds = screen.step_now - screen.first_step, clock(screen.seconds())
-    told = f"{steps} steps in {seconds}"
+    told = f"{steps} step{'s' * (steps != 1)} in {seconds}"
     if len(held_out) > 1:
         first, last = rewards_of(held_out[0]), rewards_of(held_out[-1])
         changes = [f"{key} {first[key]:.3f} to {last[key]:.3f}" for key in last if key in first]

@@ -16,12 +16,21 @@ function svg(tag, attributes = {}, ...children) {
   return node;
 }
 
-function number(value) {
+function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  if (size >= 1000) return Math.round(value).toLocaleString("en");
-  if (size !== 0 && size < 0.001) return value.toExponential(1);
-  return String(Number(value.toPrecision(3)));
+  const whole = String(Math.round(size)).length;
+  if (size >= 1000) return value.toLocaleString("en", { maximumFractionDigits: Math.max(0, digits - whole) });
+  if (size !== 0 && size < 0.001) return value.toExponential(digits - 2);
+  return String(Number(value.toPrecision(digits)));
+}
+
+// Numbers in as few digits as tell them apart, three at least.
+function apart(values) {
+  const all = (digits) => values.map((value) => number(value, digits));
+  let digits = 3;
+  while (digits < 12 && new Set(all(digits)).size < values.length) digits++;
+  return all(digits);
 }
 
 // The tip: rows of a name and a value, beside the pointer, within the window.
@@ -88,11 +97,12 @@ class Chart {
     this.bottom = height - MARGIN.bottom;
 
     this.canvas = svg("svg", { width, height, role: "img" });
-    for (const tick of ticks) {
+    const marks = apart(ticks);
+    for (const [i, tick] of ticks.entries()) {
       const y = this.y(tick);
       this.canvas.append(
         svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }),
-        svg("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, number(tick)),
+        svg("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, marks[i]),
       );
     }
     for (const step of new Set([first, Math.round((first + last) / 2), last])) {

@@ -24,13 +24,20 @@ def completions(run: Run, count: int = 5) -> list[str]:
     for record in last[:: max(1, len(last) // count)][:count]:
         prompt = record["prompt"]
         question = prompt[len(before) : len(prompt) - len(after)].strip()
-        rewards = [f"{name} {v:g}" for name, v in record["rewards"].items() if v is not None]
-        earned = ", ".join(rewards)
-        lines += ["", f"  {harmless(question)}", f"  {harmless(record['completion'].strip())}"]
+        rewards = record["rewards"].items()
+        earned = ", ".join(f"{name} {round(v, 3):g}" for name, v in rewards if v is not None)
+        lines += ["", f"  {short(question)}", f"  {short(record['completion'].strip())}"]
         advantage = record.get("advantage")
         told = "" if advantage is None else f"; advantage {advantage:+.2f}"
         lines.append(f"  ({earned}{told})")
     return [*lines, ""]
+
+
+def short(text: str, most: int = 1500) -> str:
+    """A text as a terminal may have it, without its middle if it is long: the page has it all."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return harmless(text)
 
 
 def results(run: Run) -> list[str]:

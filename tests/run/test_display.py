@@ -80,6 +80,21 @@ def test_at_any_end_the_panel_is_gone_and_the_last_line_is_last(case):
 FACTS = {"reward": "0.500", "groups that teach": "60%", "length": "23.1", "kl": "0.0012"}
 
 
+@pytest.mark.parametrize("width", [60, 72, 90])
+def test_rewards_of_several_names_leave_room_for_the_answers(width):
+    from rich.console import Console
+
+    screen = display.Screen()
+    screen.console = Console(width=width, file=io.StringIO(), force_terminal=True)
+    earned = "accuracy 1, close 0.327, format 1, soft_overlong -0.25"
+    answers = [("<think>23 + 45 = 68</think><answer>68</answer>", earned, 0.71)] * 4
+    screen.show_sample("What is 23 + 45?", "68", answers)
+    assert len(screen.sample) < 30  # where each letter had a line there were 187
+    with screen.console.capture() as shown_now:
+        screen.console.print(*screen.sample)
+    assert "<think>23 + 45" in shown_now.get()
+
+
 @pytest.mark.parametrize("width", [90, 30, 12, 1])
 def test_a_panel_fits_its_terminal(width, monkeypatch):
     """In 30 columns the step, its numbers, answers and advantages are whole; no width ends a run."""
@@ -110,6 +125,17 @@ def test_a_terminal_of_ascii_gets_nothing_else():
     seen = on_a_terminal("-c", code, PYTHONIOENCODING="ascii")
     assert seen.status == 0 and max(seen.written) < 128
     assert "1 ? 2?" in seen.frames[-2][1]
+
+
+def test_the_line_of_what_was_reached_is_broken_between_words():
+    reached = "12 steps in 0:11; held out: " + ", ".join(
+        f"rewards{i} 0.100 to 0.200" for i in range(9)
+    )
+    copied = "next: python -m run.chat " + "long" * 30
+    code = f"display.start()\ndisplay.end([{reached!r}, {copied!r}])\n"
+    seen = on_a_terminal("-c", "from run import display\n" + code)
+    told = seen.frames[-1][1]
+    assert reached in told.replace("\n", " ") and copied in told.replace("\n", "")
 
 
 # A run ------------------------------------------------------------------------------------------

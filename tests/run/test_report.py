@@ -1,5 +1,6 @@
 """The page to look at, in a real browser; and what a step recorded of its tokens."""
 
+import dataclasses
 import json
 import math
 import random
@@ -149,6 +150,11 @@ def texts(browser, selector) -> list[str]:
 
 def choose(browser, name, value):
     find(browser, f"#{name} option[value={value}]")[0].click()
+
+
+def test_more_groups_are_offered_where_there_are_more(browser, made):
+    open_page(browser, made)
+    assert find(browser, ".group") and not find(browser, "#all")[0].is_displayed()
 
 
 def test_the_slider_and_a_click_on_a_curve_move_to_another_step(browser, made):
@@ -330,6 +336,22 @@ def test_a_run_is_healthy_if_it_had_nothing_to_warn_of_at_its_start_either(
     ]
     expected = health.at_start(AT_START)
     assert [line.removeprefix("at the start") for line in told] == expected
+
+
+def test_the_lines_of_a_curves_grid_have_numbers_of_their_own(browser, tmp_path):
+    """An entropy of 6.861 or a mean length of 1,000.2 may move by a thousandth of itself."""
+    path = make_run(tmp_path / "run")
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for i, record in enumerate(records):
+        record |= {"entropy": 6.8585 + i / 1000, "completion_length": 2000.3 + i / 10}
+    lines(path / "metrics.jsonl", records)
+    report.write_page(folder.read(path))
+    open_page(browser, path)
+    plots = "return [...document.querySelectorAll('.plot')].map((plot) => "
+    plots += "[...plot.querySelectorAll('text[text-anchor=end]')].map((t) => t.textContent))"
+    marks = [told[:-1] for told in browser.execute_script(plots)]  # without the last step
+    assert any("6.86" in one for one in marks) and any("2,000.5" in one for one in marks), marks
+    assert all(len(set(told)) == len(told) for told in marks), marks
 
 
 def test_the_page_of_lines_that_tell_the_least_opens(browser, tmp_path):
@@ -525,6 +547,15 @@ def test_the_last_lines_tell_five_completions_the_accuracy_and_where_the_page_is
     assert str(made / "report.html") in out
     assert "\x1b" not in out and "\x00" not in out  # of a hostile completion
     assert (made / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_long_completion_is_told_by_its_start_and_its_end(made):
+    run = folder.read(made)
+    long = "so " * 9000 + "<answer>4</answer>"
+    texts = [record | {"completion": long} for record in run.completions]
+    told = summary.completions(dataclasses.replace(run, completions=texts))
+    assert max(map(len, told)) < 2000
+    assert sum("so so" in line and line.endswith("<answer>4</answer>") for line in told) == 5
 
 
 def test_a_page_of_too_many_bytes_has_some_steps_evenly_spaced():

@@ -486,6 +486,19 @@ def test_on_a_terminal_a_line_is_edited_and_the_ones_before_come_back():
     os.close(ours)
 
 
+def test_ctrl_d_leaves_the_shell_a_line_of_its_own(monkeypatch):
+    def ends(prompt=""):
+        sys.stdout.write(prompt)
+        raise EOFError
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", ends)
+    assert list(Screen().questions()) == []
+    assert sys.stdout.getvalue() == "\n> \n"
+
+
 @pytest.mark.parametrize("length", [3, 40])
 def test_an_answer_that_is_cut_says_so(length, runs, monkeypatch, capsys):
     """Drawn are four tokens, of which the last one ends an answer."""
@@ -620,6 +633,16 @@ def test_a_merged_model_is_what_peft_makes_of_the_same_adapters(model, runs, mer
         torch.testing.assert_close(value, there[name], rtol=1e-6, atol=1e-6)
         moved = max(moved, (value - base[name]).abs().max())
     assert moved > 1e-3
+
+
+def test_a_merged_model_is_asked_as_its_checkpoint(runs, merged, tmp_path):
+    """Rows, system prompt, lengths and temperature are the run's: so are the numbers."""
+    found = []
+    for folder in (runs / "lora" / "checkpoint-2", merged):
+        said_by(evaluate, folder, "--output_dir", tmp_path / folder.name)
+        found.append(json.loads((tmp_path / folder.name / "evaluation.json").read_text()))
+    assert found[1]["questions"] == found[0]["questions"]
+    assert found[1]["metrics"] == found[0]["metrics"]
 
 
 def test_a_merge_in_bfloat16_rounds_once(model, runs, merged, tmp_path):
@@ -925,3 +948,12 @@ def test_pefts_own_adapters_are_taken_as_peft_reads_them(model, tmp_path):
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         assert not torch.allclose(plain(ids).logits, theirs(ids).logits, atol=1e-2)
+
+
+def test_a_runs_folder_as_the_model_is_told_its_newest_checkpoint(runs, capsys):
+    for name in ("lora", "full"):
+        (line,) = refused(["--model", runs / name, "--dataset", "arithmetic"], capsys).splitlines()
+        assert line.endswith(
+            f"--model {runs / name}: a run's folder, not a model's; its newest checkpoint, "
+            f"{runs / name / 'checkpoint-2'}, works"
+        )
