@@ -116,7 +116,7 @@ def read_plain(source: str, flag: str, num_proc: int | None) -> list[dict]:
         if line.strip():
             try:
                 rows.append({**json.loads(line)})
-            except (TypeError, ValueError) as error:  # an object alone unpacks
+            except (TypeError, ValueError, RecursionError) as error:  # an object alone unpacks
                 raise ValueError(f"line {number} is not an object of JSON") from error
     return rows
 

@@ -7,7 +7,6 @@ The folder is PEFT's, whoever wrote it. What it says beyond plain LoRA is refuse
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from data import UsageError, one_line
 from run import folder as folders
 from run import moved
+from run.values import from_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -86,7 +86,7 @@ def read_config(folder: str, flag: str) -> dict:
         if not (path / name).is_file():
             raise UsageError(f"{flag}: no {name} there; a folder that PEFT or a run saved works")
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = from_json((path / CONFIG).read_text(encoding="utf-8"))
         problem = beyond_lora(config)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{flag}: {CONFIG} is not PEFT's; a LoRA checkpoint works") from error
@@ -120,7 +120,7 @@ def is_recorded(args: argparse.Namespace) -> bool:
     if not args.adapters:
         return False
     file = Path(args.adapters) / CONFIG
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] == args.model
+    return from_json(file.read_text(encoding="utf-8"))["base_model_name_or_path"] == args.model
 
 
 def beyond_lora(config: dict) -> str | None:

@@ -91,6 +91,7 @@ def save(args, world, model, tokenizer, optimizer, progress: Progress, reference
         try:
             folders.keep(folder.parent)
             shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = folders.free(unfinished)  # a link leads to somebody else's files
             refuse_not_finite(state)
             save_model(args, model, state, unfinished)
             save_tokenizer(tokenizer, unfinished)

@@ -30,7 +30,7 @@ from pathlib import Path
 from data import UsageError
 from run import adapters, combinations, console, display, moved, stop
 from run.moved import EMBEDDED_MODEL, PLUGIN, ROOT
-from run.values import boolean, number, planned
+from run.values import boolean, number, planned, refuse_hidden
 
 SEVEN = ("train", "lora", "data", "rewards", "grpo", "sampler", "dist")
 MODULES = (
@@ -151,6 +151,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if not args.dataset:
         fail("--dataset: names no rows to train on; a hub id, a file or a built-in name works")
     try:
+        for name in ("model", "adapters", "reward_model"):
+            if path := getattr(args, name):
+                refuse_hidden(f"--{name} {path}", path)
+        for path in args.external_plugins:
+            refuse_hidden(f"--external_plugins {path}", path)
         adapters.take(args, given(words))
     except UsageError as error:
         fail(str(error))

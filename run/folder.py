@@ -10,7 +10,6 @@ A checkpoint of ours is a folder named checkpoint-<number> with the optimizer's 
 has another name, such as checkpoint-best, and what is a link, is somebody else's, and left alone.
 """
 
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from data import UsageError, one_line
 from run import display
+from run.values import from_json
 
 OF_A_RUN = ("args.json", "*.jsonl", "vllm.log", "runs", "evaluations")
 OF_A_RUN += ("report.html", "curve.png", "evaluation.json")
@@ -33,7 +33,7 @@ KEPT = ("master", "exp_avg", "exp_avg_sq")  # of each parameter, and of each dis
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 COUNTS = ("num_tokens", "draws", "prompts", "completions_per_step")  # beside the step
-LEFT = re.compile(rf"{NAME.pattern}({UNFINISHED}|{REMOVED}(-[0-9]+)?)")
+LEFT = re.compile(rf"{NAME.pattern}({UNFINISHED}|{REMOVED})(-[0-9]+)?")
 
 
 # One run at a time ------------------------------------------------------------------------------
@@ -144,10 +144,10 @@ def checkpoint_step(folder: Path) -> int:
 def fault(checkpoint: Path) -> str:
     """Why one cannot go on from here, in a few words; "" for a whole checkpoint."""
     for name in (STATE, OPTIMIZER):
-        if not (checkpoint / name).exists():
+        if not (checkpoint / name).is_file():
             return f"it has no {name}"
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = from_json((checkpoint / STATE).read_text(encoding="utf-8"))
         step, named = state["step"], NAME.fullmatch(checkpoint.name)
         if not is_count(step):
             return f"{STATE} has no step"
@@ -156,7 +156,7 @@ def fault(checkpoint: Path) -> str:
         for name in COUNTS:  # of which an earlier version wrote but some
             if state.get(name) is not None and not is_count(state[name]):
                 return f"{STATE} says {name} {state[name]!r:.40}"
-        if not all(isinstance(line, dict) for line in state.get("unlogged", [])):
+        if not all(map(is_metrics, state.get("unlogged", []))):
             return f"{STATE} has metrics that are none"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{STATE} cannot be read: {one_line(error)}"
@@ -175,6 +175,12 @@ def is_count(value) -> bool:
     return isinstance(value, int) and value >= 0
 
 
+def is_metrics(line) -> bool:
+    """Whether it is what Log.step keeps of a step: numbers, and its seconds among them."""
+    is_timed = isinstance(line, dict) and "time/step" in line
+    return is_timed and all(isinstance(value, int | float) for value in line.values())
+
+
 def shapes_of(file: Path) -> dict[str, list[int]]:
     """The shape of each tensor by its name. It compares the file's size with its table."""
     with safe_open(file, "np") as tensors:
@@ -189,6 +195,10 @@ def fault_of_state(file: Path, step: int) -> str:
     if shapes.get("steps") != []:
         return f"{file.name} has no number of steps"
     with safe_open(file, "np") as state:
+        for name in sorted(shapes):
+            kind, right = state.get_slice(name).get_dtype(), "I64" if name == "steps" else "F32"
+            if kind != right:
+                return f"{file.name}: {name} is of type {kind}, not {right}"
         steps = int(state.get_tensor("steps"))
     if steps != step:
         return f"{file.name} is of step {steps}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data import one_line
 from run.folder import keep, write_whole
+from run.values import from_json
 
 MOST_KEPT = 100_000  # lines in memory, of which one takes about a kilobyte
 
@@ -67,7 +68,7 @@ def cut_after(file: Path, step: int) -> str | None:
     for line in lines:
         end += len(line)
         try:
-            is_known = json.loads(line)["step"] <= step
+            is_known = from_json(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             unread += line is not lines[-1]  # a kill may have cut the last one
             continue

@@ -1,7 +1,6 @@
 """What can be told of a model without its weights: whether it can be trained here, and how long it reads."""
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from run import folder as folders
 from run import reference as run_reference
 from run.flags import EMBEDDED_MODEL, first_line
 from run.log import say
+from run.values import from_json
 
 # Files of a model's folder that are an object of JSON each, where they are there.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -77,7 +77,7 @@ def check_files(flag: str, model: str) -> None:
                 continue
             text = file.read_text(encoding="utf-8")
             if file.suffix == ".json":
-                said = json.loads(text)
+                said = from_json(text)
                 if not isinstance(said, dict):
                     raise ValueError("no object of JSON")
                 token_ids(said.get("eos_token_id"))
@@ -228,7 +228,7 @@ def template_of(args: argparse.Namespace) -> dict:
     """The arguments of --chat_template_kwargs."""
     text = args.chat_template_kwargs or "{}"
     try:
-        return dict(json.loads(text).items())
+        return dict(from_json(text).items())
     except (ValueError, AttributeError) as error:
         works = """an object of JSON, such as '{"enable_thinking": false}', works"""
         raise UsageError(f"--chat_template_kwargs {text}: {works}") from error

@@ -29,7 +29,7 @@ from pathlib import Path
 import rewards
 from data import UsageError
 from rewards import BUILT_IN, Cosine, Repetition, RewardError, Rewards, orms
-from run import scorer
+from run import scorer, stop
 from run.judge import RESTARTS
 
 HERE = Path(__file__).parent
@@ -81,15 +81,12 @@ def run_file(path: Path) -> None:
     loader = importlib.machinery.SourceFileLoader(name, str(path))  # whatever its ending
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        missing = swifts_own(error)
-        if missing:
-            here = "ORM, AsyncORM and orms are here, for rewards alone"
-            raise ValueError(f"imports {missing}, which is a part of ms-swift; {here}") from error
-        raise ValueError(f"failed to import: {describe(error)}") from error
-    except (Exception, SystemExit) as error:
+    error = stop.attempt(spec.loader.exec_module, module)
+    missing = swifts_own(error) if isinstance(error, ImportError) else None
+    if missing:
+        here = "ORM, AsyncORM and orms are here, for rewards alone"
+        raise ValueError(f"imports {missing}, which is a part of ms-swift; {here}") from error
+    if error is not None:
         raise ValueError(f"failed to import: {describe(error)}") from error
 
 
@@ -253,18 +250,11 @@ class CheckedRewards(Rewards):
 
 def call_all(functions, batch, state, runner) -> list:
     """What each function returns for the batch, or the exception that it raises."""
-    results = []
-    for function in functions:
-        try:
-            results.append(call(function, batch, state))
-        # A plugin that exits would end the run as a success.
-        except (Exception, SystemExit) as error:
-            results.append(error)
+    results = [stop.attempt(call, function, batch, state) for function in functions]
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
 
     async def together():
-        waiting = [results[i] for i in pending]
-        return await asyncio.gather(*waiting, return_exceptions=True)
+        return await asyncio.gather(*(stop.awaited(results[i]) for i in pending))
 
     if pending:  # a loop runs only for async rewards: a notebook has one already
         for i, result in zip(pending, runner.run(together())):
@@ -396,5 +386,7 @@ def describe(error: BaseException) -> str:
         ours = step.filename == rewards.__file__ or Path(step.filename).parent == HERE
         if not ours and not re.search("^<|/lib/python", step.filename):
             place = f" ({step.filename}:{step.lineno})"
-    told = " ".join(str(error).split())[:300] or "no message"
-    return f"{type(error).__name__}: {told}{place}"
+    told = ""
+    with suppress(Exception):  # an error of a plugin's own may fail to tell
+        told = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {told or 'no message'}{place}"

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 from data import BUILTINS, UsageError, either, one_line, read_parquet
+from run.values import from_json
 
 MISSING = object()  # a field of a row that ends too early
 JSON_WORKS = "an object a line, or one list of them, works"
@@ -57,10 +58,11 @@ def read_json(path: Path) -> list[dict]:
 
 def parse_json(text: str, first_line: int):
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"line {line} is not JSON ({error.msg}); {JSON_WORKS}") from error
+        return from_json(text)
+    except ValueError as error:  # of a number that is too long, and of what is too deep, too
+        line = first_line + getattr(error, "lineno", 1) - 1
+        problem = getattr(error, "msg", one_line(error))
+        raise ValueError(f"line {line} is not JSON ({problem}); {JSON_WORKS}") from error
 
 
 def read_csv(path: Path) -> list[dict]:

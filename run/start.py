@@ -7,16 +7,19 @@ from pathlib import Path
 from data import UsageError, one_line
 from run import folder as folders
 from run.checkpoints import step_size
+from run.values import from_json, refuse_hidden
 
 
 def check_folder(args: argparse.Namespace) -> None:
     """What rank 0 writes to and resumes from. `true` becomes the newest whole checkpoint."""
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    refuse_hidden(f"--output_dir {folder}", args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; a folder, there or not, works")
     folders.refuse_taken(folder)
     if not wanted:
         return
+    refuse_hidden(f"--resume_from_checkpoint {wanted}", wanted)
     checkpoint, notes = Path(wanted), []
     if wanted == "true":
         checkpoint, notes = folders.newest_whole(folder)
@@ -70,7 +73,7 @@ def tell_differences(args: argparse.Namespace, world) -> int:
     file = checkpoint.parent / "args.json"
     before = {}
     try:
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
+        before = dict(from_json(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         print(f"{file}: cannot be read ({one_line(error)}), so nothing is told of other flags")
     told = []
@@ -81,7 +84,7 @@ def tell_differences(args: argparse.Namespace, world) -> int:
         line = "resumed with other flags: " + ", ".join(told)
         print(line.replace("True", "true").replace("False", "false"))
 
-    state = json.loads((checkpoint / folders.STATE).read_text(encoding="utf-8"))
+    state = from_json((checkpoint / folders.STATE).read_text(encoding="utf-8"))
     size, now = state.get("completions_per_step"), step_size(args, world)
     if size not in (None, now):
         line = f"resumed with {now} completions a step (was {size}): the order of prompts and the "

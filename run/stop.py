@@ -102,6 +102,29 @@ def tell_of(number: int) -> None:
             os.write(2, f"\n{line}\n".encode())
 
 
+# Code of others ----------------------------------------------------------------------------------
+
+
+def attempt(function, *args):
+    """What it returns, or whatever it raises: a plugin that exits would end the run as a success."""
+    try:
+        return function(*args)
+    except Ended:  # a signal, which came meanwhile
+        raise
+    except BaseException as error:
+        return error
+
+
+async def awaited(result):
+    """The same of what an async reward returned."""
+    try:
+        return await result
+    except Ended:
+        raise
+    except BaseException as error:
+        return error
+
+
 # A parent that ends ------------------------------------------------------------------------------
 
 

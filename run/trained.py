@@ -10,7 +10,6 @@ run's own args.json, which lies beside the checkpoint or above it. Nothing in he
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Collection
@@ -20,7 +19,7 @@ from data import UsageError
 from run import adapters, flags
 from run.console import harmless
 from run.folder import checkpoints, newest_whole
-from run.values import number
+from run.values import from_json, number, refuse_hidden
 
 # The flags of how a model is asked, and of how it is loaded.
 ASKING = ("system", "chat_template_kwargs", "response_prefix", "max_completion_length")
@@ -43,7 +42,7 @@ class Checkpoint:
         """The optimizer step that it was saved at; 0 of a model that no run has trained."""
         file = self.folder / "trainer_state.json"
         try:
-            return json.loads(file.read_text())["step"] if file.exists() else 0
+            return from_json(file.read_text())["step"] if file.exists() else 0
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{file}: cannot be read; a whole checkpoint works") from None
 
@@ -55,6 +54,7 @@ class Checkpoint:
 def find(text: str) -> Checkpoint:
     """UsageError for a folder that is none."""
     folder = Path(text)
+    refuse_hidden(text, text)
     if not folder.is_dir():
         raise UsageError(f"{text}: no such folder; a checkpoint-N folder of a run works")
     kept = checkpoints(folder)

@@ -1,8 +1,14 @@
-"""What may stand behind a flag: true or false, a number within bounds; else one line on what works."""
+"""What may stand behind a flag: true or false, a number within bounds, a path that may be looked at;
+else one line on what works.
+And what a file or a line of JSON says."""
 
 import argparse
+import json
 import math
+import os
 import re
+
+from data import UsageError, one_line
 
 
 def boolean(text: str) -> bool:
@@ -49,3 +55,23 @@ def what_works(kind: type, above: bool, low: float, high: float) -> str:
     if high < math.inf:
         words += f" to {high:g}"
     return f"{words} works"
+
+
+def refuse_hidden(what: str, path: str) -> None:
+    """UsageError for a path that may not be looked at, or is too long to be one. Of such a path
+    pathlib's questions, `is_file` and others, raise. what: names flag and value."""
+    try:
+        os.stat(os.path.join(path, "."))  # of a folder: whether one may enter it
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+        raise UsageError(f"{what}: {reason}; a path that you may read works") from error
+
+
+def from_json(text: str | bytes):
+    """ValueError for whatever cannot be read: Python's own reader has another for what is too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

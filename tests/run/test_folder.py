@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import train
 from data import UsageError
 from run import checkpoints, folder, tokens
+from run import trained as trained_folder
 from run.lines import Lines, cut_after
 from run.report import folder as report_folder
 
@@ -73,6 +74,21 @@ def write(name, text):
     return lambda out: (out / "checkpoint-3" / name).write_text(text)
 
 
+def pipe(name):
+    """In the place of a file, where a reader would wait for ever."""
+
+    def damage(out):
+        (out / "checkpoint-3" / name).unlink()
+        os.mkfifo(out / "checkpoint-3" / name)
+
+    return damage
+
+
+def of_eight_bits(state):
+    name = one_of(state, "exp_avg.")
+    return {name: state[name].to(torch.float8_e4m3fn)}
+
+
 def change(how, name="optimizer.safetensors"):
     """how: what is done to the tensors of that file, a dict."""
 
@@ -124,6 +140,28 @@ DAMAGES = {
     "no metrics": (
         write("trainer_state.json", '{"step": 3, "unlogged": [1]}'),
         "trainer_state.json has metrics that are none",
+    ),
+    "metrics without seconds": (
+        write("trainer_state.json", '{"step": 3, "unlogged": [{"loss": 1.0}]}'),
+        "trainer_state.json has metrics that are none",
+    ),
+    "a word for a metric": (
+        write("trainer_state.json", '{"step": 3, "unlogged": [{"time/step": 1, "loss": "x"}]}'),
+        "trainer_state.json has metrics that are none",
+    ),
+    "progress without a bottom": (
+        write("trainer_state.json", "[" * 100_000),
+        "trainer_state.json cannot be read: nested too deeply",
+    ),
+    "a pipe for progress": (pipe("trainer_state.json"), "it has no trainer_state.json"),
+    "a pipe for state": (pipe("optimizer.safetensors"), "it has no optimizer.safetensors"),
+    "steps that are no number": (
+        change(lambda state: state.update(steps=torch.tensor(float("nan")))),
+        "optimizer.safetensors: steps is of type F32, not I64",
+    ),
+    "moments in another type": (
+        change(lambda state: state.update(of_eight_bits(state))),
+        "is of type F8_E4M3, not F32",
     ),
     "truncated state": (truncate("optimizer.safetensors"), "optimizer.safetensors cannot be read"),
     "truncated weights": (truncate("adapter_model.safetensors"), "adapter_model.safetensors cann"),
@@ -240,6 +278,44 @@ def test_a_run_that_goes_on_from_elsewhere_moves_an_earlier_run_away(resumed, tr
     (moved,) = re.findall(r"now in (\S+)", said)
     assert (Path(moved) / "metrics.jsonl").read_text() == before[0]
     assert {path.name for path in folder.checkpoints(moved)} >= {"checkpoint-2", "checkpoint-3"}
+
+
+LONG = "y" * 300  # which no file may be called; one of another user's raises, too
+
+
+@pytest.mark.parametrize(
+    "flag", ["output_dir", "resume_from_checkpoint", "model", "adapters", "external_plugins"]
+)
+def test_a_path_that_may_not_be_looked_at_is_one_line(model_folder, plugin, tmp_path, flag, capsys):
+    given = flags_for(model_folder, plugin, tmp_path / "out") + [f"--{flag}", LONG]
+    with pytest.raises(SystemExit) as end:
+        train.main(given)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert f"--{flag} {LONG}: file name too long; a path that you may read works" in said, said
+
+
+def test_a_checkpoint_that_may_not_be_looked_at_is_one_line():
+    with pytest.raises(UsageError, match="file name too long; a path that you may read works"):
+        trained_folder.find(LONG)
+
+
+def test_nothing_is_written_through_a_link_where_a_checkpoint_begins(
+    model_folder, plugin, tmp_path
+):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / f"checkpoint-1{folder.UNFINISHED}").symlink_to(mine)
+    (tmp_path / f"checkpoint-2{folder.UNFINISHED}").write_text("mine, too")
+    train_here(*flags_for(model_folder, plugin, tmp_path, max_steps=2, save_steps=1))
+    assert not list(mine.iterdir())
+    for step in (1, 2):
+        assert not folder.fault(tmp_path / f"checkpoint-{step}")
+        assert not (tmp_path / f"checkpoint-{step}").is_symlink()
+    left = tmp_path / f"checkpoint-3{folder.UNFINISHED}-2"  # by a kill
+    left.mkdir()
+    folder.sweep(tmp_path)
+    assert not left.exists()
 
 
 def test_a_link_in_the_way_of_a_checkpoint_stays_under_another_name(tmp_path):

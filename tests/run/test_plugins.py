@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +17,7 @@ from processes import forked
 import rewards
 from data import UsageError
 from rewards import RewardError, orms
+from run import stop
 from run.plugins import CheckedRewards, load_plugins
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -157,6 +159,7 @@ def test_a_main_program_shares_its_registry_with_plugins(tmp_path):
     line = "orms['mine'] = lambda completions, **kw: [1.0] * len(completions)"
     path = plugin(tmp_path, f"from rewards import orms\n{line}")
     code = f"""
+from run import stop
 from run.plugins import CheckedRewards, load_plugins
 load_plugins([{path!r}])
 print(CheckedRewards(["mine"]).names)
@@ -175,6 +178,7 @@ print(CheckedRewards(["mine"]).names)
         ("def f(:", "failed to import: SyntaxError: "),
         ("from math import pi\nint('x' * 3)", "failed to import: ValueError: invalid literal"),
         ("import sys; sys.exit(4)", "failed to import: SystemExit: 4"),
+        ("raise KeyboardInterrupt", "failed to import: KeyboardInterrupt: no message"),
         ("x = 1", "registers no reward; it needs a line orms['name'] = YourReward"),
         (
             "from swift.plugin import orms\norms['new'] = orms['format'] = len",
@@ -368,6 +372,40 @@ def test_a_reward_that_exits_is_named_and_so_is_one_whose_rows_find_no_place(mak
     place.write_text("")
     with pytest.raises(RewardError, match="reward leaves, step 3, row 0: raised SystemExit"):
         run(make("leaves", output_dir=str(place)), ["a", "b"])
+
+
+class Panic(BaseException):
+    """As libraries in other languages raise it; this one cannot even tell why."""
+
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("kind", [Panic, KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+@pytest.mark.parametrize("waits", [False, True])
+def test_whatever_a_reward_raises_is_told_in_one_line(make, kind, waits):
+    def panics(completions, **kwargs):
+        raise kind
+
+    async def panics_later(completions, **kwargs):
+        raise kind
+
+    orms["panics"] = panics_later if waits else panics
+    with pytest.raises(RewardError, match=f"row 0: raised {kind.__name__}: no message"):
+        run(make("panics"), ["a", "b"])
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_signal_amid_a_reward_is_not_the_reward_s(make, waits):
+    def ends(completions, **kwargs):
+        raise stop.Ended(signal.SIGINT)
+
+    async def ends_later(completions, **kwargs):
+        ends(completions)
+
+    orms["ends"] = ends_later if waits else ends
+    with pytest.raises(stop.Ended):
+        run(make("ends"), ["a", "b"])
 
 
 def test_a_reward_that_raises_on_the_whole_batch_alone(make):
