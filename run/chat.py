@@ -4,8 +4,8 @@
     echo 'What is 12 + 7?' | python -m run.chat …     a line is a turn; the answers come out alone
 
 Tokens are drawn as in the run's evaluations: its system prompt, template and temperature, and the
-worked example of the built-in task. On a terminal what a model thinks, between <think> and </think>, is
-dim and stands apart. Control characters that it writes are shown as signs and not sent to the
+worked example of the built-in task. On a terminal what a model thinks, between <think> and </think>,
+is dim and stands apart. Control characters that it writes are shown as signs and not sent to the
 terminal, which would obey them.
 """
 
