@@ -29,6 +29,7 @@ r"""Answers: what counts as equal. math_verify compares formulas; what it misrea
 | `= 5`, `5,`, `x=5`, `5=x`, `5`; `y=2x`, `2x`     | `x=5` and `y=5`; `5t` and `5`                |
 | `5 h 30 min`, `5.5 hours`: in two units, converted | `30` and `5 hours 30 minutes`                |
 | `3.5^2`, `12.25`                                 | `3.5` and `3.5^2`                            |
+| `23 + 40 = 63`, `63`; `126/2`, `63`              | `23 + 40` and `63`; `7 \cdot 9` and `63`     |
 | `about 18`, `18`                                 | `not 18`, `at least 18`, `16 to 18` and `18` |
 
 How an answer may be spelt is in run/notation.py, a number in words in run/numerals.py, what is no
@@ -79,6 +80,7 @@ ALTERED = re.compile(
     rf"|(?:{CURRENCY}) ?[+-]?[0-9][0-9.,]*(?:[A-Za-z]|{PARTS}\b).*)"
 )
 LONGEST_AMOUNT = 60  # characters
+CHOOSING = re.compile(r"binom|choose|[0-9_}]C|C[(_^]")  # counts, whose value is put in on the way
 
 
 # Verdicts --------------------------------------------------------------------------------------
@@ -299,9 +301,50 @@ def formula_verdict(answer: str, reference: str) -> str:
         is_word = re.fullmatch(r"[^\W\d_]{2,}", word(typed(reference)) or "")
         return WRONG if is_word else UNREADABLE
     found = parse_answer(answer)
+    if found and number(typed(reference)) and not CHOOSING.search(answer):
+        if is_unworked(found[0]):
+            return WRONG
     zeros = max((leading_zeros(each) for each in (*gold, *found)), default=0)
     precision = {"float_rounding": decimals(zeros), "numeric_precision": 15 + int(zeros)}
     return mark(verify(gold, found, **precision, timeout_seconds=None))
+
+
+def is_unworked(expression) -> bool:
+    """Whether it is a sum, difference or product of numerals, still to be worked out.
+
+    `23 + 40` has the value 63 and is no answer to "What is 23 + 40?": a policy soon learns to repeat
+    the question. A quotient (`126/2`) is a fraction, and `6 + 1/4` a mixed number.
+    """
+    from sympy import Equality, Expr, preorder_traversal
+
+    if isinstance(expression, Equality):  # one side worked out is enough: `23 + 40 = 63`
+        sides = [side for side in expression.args if not side.is_Symbol]
+        return bool(sides) and all(map(is_unworked, sides))
+    if not isinstance(expression, Expr) or is_mixed_number(expression):
+        return False
+    parts = list(preorder_traversal(expression))
+    if not all(part.is_Number or part.is_Add or part.is_Mul or is_inverse(part) for part in parts):
+        return False  # a power, a root, a letter
+    return any(len(terms(part)) > 1 for part in parts)
+
+
+def terms(part) -> list:
+    """What a sum adds, and what a product multiplies apart from signs and divisors."""
+    if part.is_Mul:
+        return [factor for factor in part.args if factor != -1 and not is_inverse(factor)]
+    return list(part.args) if part.is_Add else []
+
+
+def is_inverse(part) -> bool:
+    return part.is_Pow and part.exp == -1
+
+
+def is_mixed_number(expression) -> bool:
+    """Whether it is a whole number and a proper fraction, as in `6 + 1/4`."""
+    if not expression.is_Add or len(expression.args) != 2:
+        return False
+    whole, fraction = sorted(expression.args, key=lambda part: not part.is_Integer)
+    return bool(whole.is_Integer and fraction.is_rational and whole > 0 and 0 < fraction < 1)
 
 
 def leading_zeros(expression) -> float:

@@ -115,7 +115,7 @@ EQUAL = [
     ("So the word is “18”.", "18"),
     ("<answer>\u22125</answer>", "-5"),
     ("<answer>12 000</answer>", "12,000"),
-    ("<answer>2 * 3 * 4</answer>", "24"),
+    ("<answer>2 * 3 * 4 = 24</answer>", "24"),
     ("<answer>17 18</answer>", "17 18"),
     ("<answer>3 + 15 = 18</answer>", "18"),
     ("<answer>1e5</answer>", "100000"),
