@@ -11,6 +11,7 @@ Without this folder, or with --plain true, training is slower and gives the same
     adapters        adapters.py  lora.LoRALinear.forward               CPU, CUDA   that function
     quick decoder   decoder.py   sampler.Decoder                       CPU, CUDA   that class
       its weights   decoder.py   products of linear layers             CPU         the layers' own
+      its step      graphs.py    the start of each of its kernels      CUDA        the step itself
     drawing         draw.py      sampler.sample_tokens                 CPU, CUDA   that function
     threads, heap   cpu.py       PyTorch's and the C library's ways    CPU         their settings
 
@@ -26,9 +27,12 @@ from torch import Tensor
 
 import dist
 import grpo
-from fast import adapters, decoder, remade
+import sampler
+from fast import adapters, remade
 from fast.cpu import use_cpu_well
+from fast.decoder import LlamaDecoder, PackedDecoder, serves
 from fast.draw import draw_for, sample_tokens
+from fast.graphs import GraphDecoder
 from fast.head import LOGITS_AT_ONCE, head_is_plain, logps_from_hidden_states
 from fast.packed import MAX_SCORES, QUERIES_AT_ONCE, completion_hidden_states
 from grpo import Rows
@@ -68,12 +72,26 @@ def completion_logps(
     return logps, entropies, completion_mask
 
 
-def decoder_for(model: torch.nn.Module, layerwise: bool = False) -> type:
-    """The class that decodes this model, like `sampler.Decoder`; a prepared model has quicker ones.
+def decoder_for(model: torch.nn.Module, layerwise: bool = False) -> type[sampler.Decoder]:
+    """The quickest class that decodes this model as `sampler.Decoder` does, with its own logits.
 
-    layerwise: the parameters are sharded and gathered layer by layer (ZeRO-3).
+    layerwise: the model's layers are gathered one at a time (ZeRO-3), by its own forward, so that
+    stays. Collective where parameters are sharded.
     """
-    return decoder.choose(model, layerwise)
+    if model.config._attn_implementation != "grouped":
+        return sampler.Decoder
+    if layerwise:
+        return PackedDecoder
+    kinds = [LlamaDecoder]
+    if next(model.parameters()).is_cuda:
+        kinds.insert(0, GraphDecoder)
+    training = model.training
+    try:
+        with dist.gathered(model.eval()):  # as it samples: dropout and recomputation keep no cache
+            serving = (kind for kind in kinds if serves(kind, model))
+            return next(serving, PackedDecoder)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ What a step of few rows costs is the number of its operations, and reading the w
     LlamaDecoder      the same for models of Llama's shape, in a third of the operations: one product
                       for all linear layers that read the same input, their adapters among them
 
-`choose` says which of them serves a model. To try a new idea (a quantized cache, speculation), write
-another class with `logits`, `step` and `keep`, and choose it there.
+    GraphDecoder      the same on GPUs, its step replayed as one CUDA graph (graphs.py)
+
+`fast.decoder_for` says which of them serves a model. To try a new idea (a quantized cache, speculation),
+write another class with `logits`, `step` and `keep`, and choose it there.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 import lora
-from dist import forward, gathered, has_bfloat16
+from dist import forward, has_bfloat16
 from fast import adapters
 from fast.head import logits_from_hidden_states
 from fast.packed import Pack
@@ -33,27 +35,9 @@ from sampler import Decoder
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it (run/machine.py)
 
 
-def choose(model: nn.Module, layerwise: bool = False) -> type[Decoder]:
-    """The quickest decoder that gives this model's own logits.
-
-    layerwise: the model's layers are gathered one at a time (ZeRO-3), by its own forward, so that
-    stays. Collective where parameters are sharded.
-    """
-    if model.config._attn_implementation != "grouped":
-        return Decoder
-    if layerwise:
-        return PackedDecoder
-    training = model.training
-    try:
-        with gathered(model.eval()):  # as it samples: dropout and recomputation keep no cache
-            return LlamaDecoder if decodes_like_llama(model) else PackedDecoder
-    finally:
-        model.train(training)
-
-
 @torch.inference_mode()
-def decodes_like_llama(model: nn.Module) -> bool:
-    """Whether `LlamaDecoder` gives the model's own logits, tried on two prompts."""
+def serves(kind: type[Decoder], model: nn.Module) -> bool:
+    """Whether decoders of this kind give the model's own logits, tried on two prompts."""
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None):
         return False
@@ -63,8 +47,14 @@ def decodes_like_llama(model: nn.Module) -> bool:
     rows = torch.tensor([0, 1, 1], device=next(model.parameters()).device)
     limit = 0.05 if model.dtype == torch.bfloat16 else 1e-3
     try:
-        general, quick = PackedDecoder(model, prompts, rows), LlamaDecoder(model, prompts, rows)
-        for token in (rows.new_tensor([b, c, d]), rows.new_tensor([d, d, a])):
+        general, quick = PackedDecoder(model, prompts, rows), kind(model, prompts, rows)
+        for token in (
+            [b, c, d],
+            [d, d, a],
+            [c, b, a],
+            [a, a, b],
+        ):  # a graph is replayed at the third
+            token = rows.new_tensor(token)
             expected, logits = general.step(token), quick.step(token)
     except torch.OutOfMemoryError:  # which no other part is to blame for
         raise
@@ -83,6 +73,8 @@ class PackedDecoder(Decoder):
     for all rows, and each row's own in a layout that its products read as it is.
     """
 
+    layer_type: type  # of the cache's layers
+
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         self.model = model
         pack = Pack(prompts, [], model.config.get_text_config(), row_of.device)
@@ -91,7 +83,7 @@ class PackedDecoder(Decoder):
 
         places, mask = pad(pack.rests, "left", row_of.device)  # (P, L), in the pack
         layers = [
-            DecodingLayer(keys, values, pack.shared, places[row_of])
+            self.layer_type(keys, values, pack.shared, places[row_of])
             for keys, values in pack.keys_and_values
         ]
         self.cache = Cache(layers=layers)
@@ -153,11 +145,7 @@ class DecodingLayer(DynamicLayer):
         keys = self.keys.view(heads * rows, size, dim)
         scores = torch.bmm(query.view(heads * rows, -1, dim), keys.mT)
         scores = scores.view(heads, rows, -1, size)
-        lowest = torch.finfo(scores.dtype).min
-        scores[..., self.length :].fill_(lowest)  # room where nothing is yet
-        if mask is not None:
-            own = mask[:, 0, :, self.shared :]  # (B, 1, length)
-            scores[..., : self.length].masked_fill_(~own, lowest)
+        self.hide(scores, mask)
         if self.shared:
             beginning = torch.bmm(query.view(heads, -1, dim), self.shared_keys.mT)
             beginning = beginning.view(heads, rows, -1, self.shared)
@@ -172,12 +160,23 @@ class DecodingLayer(DynamicLayer):
             out += torch.bmm(beginning, self.shared_values).view(out.shape)
         return out.transpose(0, 1).reshape(rows, -1, dim)
 
+    def hide(self, scores: Tensor, mask: Tensor | None) -> None:
+        """Take scores (key heads, B, queries, size) away where a row may not look."""
+        lowest = torch.finfo(scores.dtype).min
+        scores[..., self.length :].fill_(lowest)  # room where nothing is yet
+        if mask is not None:
+            own = mask[:, 0, :, self.shared :]  # (B, 1, length)
+            scores[..., : self.length].masked_fill_(~own, lowest)
+
     def batch_select_indices(self, rows: Tensor) -> None:
         self.keys = self.keys.index_select(1, rows)
         self.values = self.values.index_select(1, rows)
 
     def get_seq_length(self) -> int:
         return self.shared + self.length
+
+
+PackedDecoder.layer_type = DecodingLayer
 
 
 def with_room(x: Tensor, tokens: int) -> Tensor:
@@ -202,6 +201,16 @@ class LlamaDecoder(PackedDecoder):
         self.padded = len({len(prompt) for prompt in prompts}) > 1
 
     def step(self, token: Tensor) -> Tensor:
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        mask = None
+        if self.padded:
+            mask = self.mask.bool()[:, None, None]  # (B, 1, 1, shared + own)
+        logits = self.run(token, mask)
+        self.position = self.position + 1
+        return logits
+
+    def run(self, token: Tensor, mask: Tensor | None) -> Tensor:
+        """Put a token (B,) behind each row, at its position → logits (B, V) of the next one."""
         model = self.model.model
         x = model.embed_tokens(token)  # (B, D)
         cos, sin = model.rotary_emb(x, self.position[None])  # (1, B, d) each
@@ -209,11 +218,6 @@ class LlamaDecoder(PackedDecoder):
         # x cos + rotate_half(x) sin: half of the signs go into the table, and the rest is a roll.
         first, second = sin.chunk(2, dim=-1)
         sin = torch.cat([-first, second], dim=-1)
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.position = self.position + 1
-        mask = None
-        if self.padded:
-            mask = self.mask.bool()[:, None, None]  # (B, 1, 1, shared + own)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         return self.head(norm(model.norm, x))

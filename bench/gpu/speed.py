@@ -18,6 +18,7 @@ import fast
 import grpo
 import lora
 import sampler
+from fast.decoder import LlamaDecoder
 from run import flags, log, models, plan
 
 # Qwen 2.5's: hidden size, inner size, layers, heads, key heads
@@ -228,7 +229,7 @@ DECODINGS = [
     Work("1.5B", "full", 8, 8, 300, 64),
     Work("1.5B", "lora", 1, 8, 300, 64),
 ]
-FEW, MORE = 4, 8  # steps that are taken apart
+FEW, MORE = 4, 32  # steps that are taken apart
 TINY_DECODINGS = [Work("tiny", "lora", 2, 4, 20, 16), Work("tiny", "full", 1, 4, 20, 16)]
 
 
@@ -241,7 +242,7 @@ def decode_speed(part: Part) -> None:
 
 
 def decode_speeds(part: Part, work: Work, row: dict) -> None:
-    """ours: with the prefill; a step alone is what MORE of them take beyond FEW."""
+    """Seconds with the prefill; a step alone is what MORE of them take beyond FEW."""
     model = build(work.size, work.kind, part.device).eval()
     ids = torch.tensor(work.prompt_ids, device=part.device)  # (B, prompt)
 
@@ -251,24 +252,25 @@ def decode_speeds(part: Part, work: Work, row: dict) -> None:
         with torch.inference_mode():
             model.generate(input_ids=ids, **settings)
 
+    def sample(decoder: type, tokens: int) -> None:
+        quick = {"decoder": decoder, "draw": fast.draw_for(), "max_new_tokens": tokens}
+        sampler.ModelSampler(model, eos_token_ids=[], **quick).generate(
+            work.prompt_ids, range(work.rows)
+        )
+
     def measure(way: str, sample: Callable) -> None:
-        sample(4)  # loads the kernels
+        sample(FEW)  # loads the kernels
         seconds = seconds_of(lambda: sample(work.completion), part.device, turns=1)
         row[way] = {"ms a token": round(seconds / work.completion * 1e3, 2)}
         row[way]["tokens/s"] = round(work.rows * work.completion / seconds)
 
-    measure("generate", generate)
     fast.prepare(model)
-    quick = {"decoder": fast.decoder_for(model), "draw": fast.draw_for()}
-    row["decoder"] = quick["decoder"].__name__
-
-    def sample(tokens: int) -> None:
-        own = sampler.ModelSampler(model, eos_token_ids=[], max_new_tokens=tokens, **quick)
-        own.generate(work.prompt_ids, range(work.rows))
-
-    measure("ours", sample)
+    chosen = fast.decoder_for(model)
+    row["decoder"] = chosen.__name__
     row["floor, ms a token"] = round(bytes_of_step(model, work) / BANDWIDTH * 1e3, 2)
-    turns = [partial(sample, FEW), partial(sample, FEW + MORE)]
+    measure("ours", partial(sample, chosen))
+    measure("ours, kernel by kernel", partial(sample, LlamaDecoder))
+    turns = [partial(sample, chosen, tokens) for tokens in (FEW, FEW + MORE)]
     short, long = (seconds_of(turn, part.device, turns=2) for turn in turns)
     row["a step alone, ms"] = round((long - short) / MORE * 1e3, 2)
     before, after = (profiled(turn, part.device, long) for turn in turns)
@@ -276,6 +278,7 @@ def decode_speeds(part: Part, work: Work, row: dict) -> None:
     more |= {name: n - before["waits"].get(name, 0) for name, n in after["waits"].items()}
     row["in a step"] = {name: round(value / MORE, 2) for name, value in more.items()}
     row["longest, ms"] = after["longest, ms"]
+    measure("generate", generate)
 
 
 def bytes_of_step(model, work: Work) -> float:

@@ -9,7 +9,8 @@ from test_sampler import ENDS, prompts_of
 
 import fast
 import lora
-from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, decodes_like_llama
+from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, serves
+from fast.graphs import STEPS, GraphDecoder
 from sampler import Decoder, ModelSampler
 
 LIKE_LLAMA = ["llama", "llama-mha", "qwen2", "qwen3"]
@@ -82,8 +83,9 @@ def test_adapters_and_biases_are_in_the_fused_products(architecture, dtype):
     fast.prepare(model)
     assert fast.decoder_for(model) is LlamaDecoder
     close = CLOSE if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.1}
-    kinds = [(Decoder, plain), (PackedDecoder, model), (LlamaDecoder, model)]
-    _, _, quick = compare(kinds, prompts, rows, close)
+    quick_ones = (PackedDecoder, GraphDecoder, LlamaDecoder)
+    kinds = [(Decoder, plain), *((kind, model) for kind in quick_ones)]
+    *_, quick = compare(kinds, prompts, rows, close)
     assert dtype == torch.bfloat16 or quick.head.weight is not None  # in oneDNN's layout
 
 
@@ -148,4 +150,4 @@ def test_the_quick_decoder_does_not_go_for_lack_of_memory_without_a_word(monkeyp
     monkeypatch.setattr(LlamaDecoder, "__init__", full)
     model = prepared()
     with pytest.raises(torch.OutOfMemoryError):
-        decodes_like_llama(model)
+        serves(LlamaDecoder, model)
