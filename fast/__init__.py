@@ -34,7 +34,8 @@ from fast.decoder import LlamaDecoder, PackedDecoder, serves
 from fast.draw import draw_for, sample_tokens
 from fast.graphs import GraphDecoder
 from fast.head import LOGITS_AT_ONCE, head_is_plain, logps_from_hidden_states
-from fast.packed import MAX_SCORES, QUERIES_AT_ONCE, completion_hidden_states
+from fast.packed import MAX_SCORES, QUERIES_AT_ONCE, completion_hidden_states, hidden_states
+from fast.tree import TreeLlamaDecoder, TreePackedDecoder
 from grpo import Rows
 
 __all__ = [
@@ -63,12 +64,13 @@ def completion_logps(
     device = next(model.parameters()).device
     completions, completion_mask = grpo.pad(completion_ids, "right", device)  # (B, T)
     mask = completion_mask.bool()
-    hidden = completion_hidden_states(model, prompt_ids, completion_ids)  # (tokens, D)
-    targets = completions[mask]
-    token_logps, token_entropies = logps_from_hidden_states(model, hidden, targets, temperature)
-    blank = torch.zeros(mask.shape, dtype=token_logps.dtype, device=device)
-    logps = blank.masked_scatter(mask, token_logps)
-    entropies = blank.masked_scatter(mask, token_entropies)
+    hidden, predicting = hidden_states(model, prompt_ids, completion_ids)  # (N, D), (tokens,)
+    # Completions that begin alike have predictions in common, and each is made once.
+    V = model.config.get_text_config().vocab_size
+    each, of_token = (predicting * V + completions[mask]).unique(return_inverse=True)
+    values = logps_from_hidden_states(model, hidden[each // V], each % V, temperature)
+    blank = torch.zeros(mask.shape, dtype=values[0].dtype, device=device)
+    logps, entropies = (blank.masked_scatter(mask, value[of_token]) for value in values)
     return logps, entropies, completion_mask
 
 
@@ -82,14 +84,13 @@ def decoder_for(model: torch.nn.Module, layerwise: bool = False) -> type[sampler
         return sampler.Decoder
     if layerwise:
         return PackedDecoder
-    kinds = [LlamaDecoder]
-    if next(model.parameters()).is_cuda:
-        kinds.insert(0, GraphDecoder)
+    on_gpu = next(model.parameters()).is_cuda  # where a row more costs nothing, and a kernel does
+    kinds = [GraphDecoder, LlamaDecoder] if on_gpu else [TreeLlamaDecoder]
     training = model.training
     try:
         with dist.gathered(model.eval()):  # as it samples: dropout and recomputation keep no cache
             serving = (kind for kind in kinds if serves(kind, model))
-            return next(serving, PackedDecoder)
+            return next(serving, PackedDecoder if on_gpu else TreePackedDecoder)
     finally:
         model.train(training)
 

@@ -5,9 +5,11 @@ keys and values once, and so do all prompts what they begin with:
 
     [ what all prompts begin with | rest of p1 | rest of p2 | … | o1 | o2 | o3 | … ]
 
-A completion continues the rest of its prompt, which continues the shared beginning. So a token's
-path, what it attends to, is a list of places in the row, with its own at the end. 64 completions
-of the arithmetic task, 16 groups of 4, are some 1,700 tokens instead of 11,000.
+A completion continues the rest of its prompt, which continues the shared beginning. Completions of
+one prompt that begin alike share that, too, until they differ: they are a tree. So a token's path,
+what it attends to, is a list of places in the row, with its own at the end. 64 completions of the
+arithmetic task, 16 groups of 4, are some 1,700 tokens instead of 11,000, and half of these once the
+policy is sure of most answers.
 
     Pack              the row, and who attends to whom
     Block             tokens of the row that attend together, padded to one size
@@ -34,15 +36,26 @@ from grpo import Rows, pad, positions
 from sampler import distinct
 
 QUERIES_AT_ONCE = 256  # of one completion: what the causal mask hides behind them is not computed
+WORTH = 8  # tokens that a run of its own saves at least
 MAX_SCORES = 1 << 23  # attention scores at once, some 100 MiB while they are worked on
 
 
 def completion_hidden_states(
     model: torch.nn.Module, prompt_ids: Rows, completion_ids: Rows
 ) -> Tensor:
-    """The last hidden states that predict each completion token, one completion after the other.
+    """The last hidden states that predict each completion token, one completion after the other,
+    (tokens, D)."""
+    hidden, predicting = hidden_states(model, prompt_ids, completion_ids)
+    return hidden.index_select(0, predicting)
 
-    → (tokens, D). Models that cannot pack (`fast.prepare` tries) run on a padded batch.
+
+def hidden_states(
+    model: torch.nn.Module, prompt_ids: Rows, completion_ids: Rows
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states, (N, D), and the place of the one that predicts each completion token,
+    (tokens,): tokens that several completions have in common are predicted by the same.
+
+    Models that cannot pack (`fast.prepare` tries) run on a padded batch.
     """
     decoder = model.get_decoder()
     device = next(model.parameters()).device
@@ -50,8 +63,7 @@ def completion_hidden_states(
         config = model.config.get_text_config()
         pack = Pack(prompt_ids, completion_ids, config, device)
         with remaking():
-            hidden = pack.run(decoder)  # (N, D)
-            return hidden.index_select(0, pack.predicting)
+            return pack.run(decoder), pack.predicting
 
     prompts, prompt_mask = pad(prompt_ids, "left", device)
     completions, completion_mask = pad(completion_ids, "right", device)
@@ -60,9 +72,9 @@ def completion_hidden_states(
     settings = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
     with remaking():
         hidden = decoder(input_ids=ids, **settings).last_hidden_state  # (B, P + T, D)
-    last = prompts.shape[1] - 1  # of a prompt: it predicts the first token of the completion
-    predicting = hidden[:, last:-1]
-    return predicting[completion_mask.bool()]
+    is_target = torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1)
+    targets = is_target.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1), targets - 1  # a token is predicted by the one in front of it
 
 
 # The row ----------------------------------------------------------------------------------------
@@ -83,12 +95,14 @@ class Pack:
         beginning = row.append(shared_beginning(prompts, config), [])
         shared = len(beginning)
         prompt_paths = [row.append(prompt[shared:], beginning) for prompt in prompts]
-        predicting = []
+        groups = [[] for _ in prompts]
         for i, completion in zip(row_of.tolist(), completion_ids):
-            behind = prompt_paths[i]
-            path = row.append(completion[:-1], behind)  # nothing is read of its last token
-            first = len(behind) - 1
-            predicting += path[first:]
+            groups[i].append(completion[:-1])  # nothing is read of its last token
+        paths = [iter(row.branch(group, path)) for group, path in zip(groups, prompt_paths)]
+        predicting = []
+        for i in row_of.tolist()[: len(completion_ids)]:
+            first = len(prompt_paths[i]) - 1
+            predicting += next(paths[i])[first:]
 
         self.shared, self.runs, self.heads = shared, row.runs, config.num_attention_heads
         self.ids = torch.tensor([row.ids], device=device)
@@ -140,6 +154,31 @@ class Row:
         if places:
             self.runs.append((places, path))
         return path
+
+
+    def branch(self, continuations: Rows, behind: list[int]) -> list[list[int]]:
+        """Append tokens that each continue the path `behind`, what they begin with once → the path
+        of each."""
+        paths = [behind] * len(continuations)
+        todo = [(range(len(continuations)), behind)]  # whose tokens are the same up to this path
+        while todo:
+            members, path = todo.pop()
+            rests = {i: list(continuations[i][len(path) - len(behind) :]) for i in members}
+            common = os.path.commonprefix(list(rests.values()))
+            groups = {}  # by the token that tells them apart
+            for i, rest in rests.items():
+                token = rest[len(common)] if len(rest) > len(common) else None
+                groups.setdefault(token, []).append(i)
+            ended = groups.pop(None, [])
+            if len(common) * (len(members) - 1) >= WORTH or not groups:
+                path = self.append(common, path)
+                paths_of_ended = [path] * len(ended)
+            else:
+                paths_of_ended = [self.append(common, path) for _ in ended]
+            for i, own in zip(ended, paths_of_ended):
+                paths[i] = own
+            todo += [(group, path) for group in groups.values()]
+        return paths
 
 
 def cut(runs: Sequence[tuple]) -> Iterator[tuple]:

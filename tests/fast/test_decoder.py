@@ -10,7 +10,8 @@ from test_sampler import ENDS, prompts_of
 import fast
 import lora
 from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, serves
-from fast.graphs import STEPS, GraphDecoder
+from fast.graphs import GraphDecoder
+from fast.tree import TreeLlamaDecoder, TreePackedDecoder
 from sampler import Decoder, ModelSampler
 
 LIKE_LLAMA = ["llama", "llama-mha", "qwen2", "qwen3"]
@@ -81,9 +82,9 @@ def test_adapters_and_biases_are_in_the_fused_products(architecture, dtype):
     rows = torch.tensor([0, 0, 1, 2, 2])
     plain = copy.deepcopy(model)
     fast.prepare(model)
-    assert fast.decoder_for(model) is LlamaDecoder
+    assert fast.decoder_for(model) is TreeLlamaDecoder
     close = CLOSE if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.1}
-    quick_ones = (PackedDecoder, GraphDecoder, LlamaDecoder)
+    quick_ones = (PackedDecoder, TreePackedDecoder, GraphDecoder, TreeLlamaDecoder, LlamaDecoder)
     kinds = [(Decoder, plain), *((kind, model) for kind in quick_ones)]
     *_, quick = compare(kinds, prompts, rows, close)
     assert dtype == torch.bfloat16 or quick.head.weight is not None  # in oneDNN's layout
@@ -93,8 +94,9 @@ def test_each_model_takes_the_decoder_that_gives_its_own_logits():
     for architecture in OF_ANOTHER_SHAPE:
         model = prepared(architecture)
         packs = model.config._attn_implementation == "grouped"
-        assert fast.decoder_for(model) is (PackedDecoder if packs else Decoder), architecture
-    assert fast.decoder_for(prepared("llama")) is LlamaDecoder
+        expected = TreePackedDecoder if packs else Decoder
+        assert fast.decoder_for(model) is expected, architecture
+    assert fast.decoder_for(prepared("llama")) is TreeLlamaDecoder
     # Gathered layer by layer: the model's own forward does that, for each layer.
     assert fast.decoder_for(prepared("llama"), layerwise=True) is PackedDecoder
     assert fast.decoder_for(tiny_model("llama")) is Decoder
@@ -106,7 +108,7 @@ def test_a_model_that_trains_and_recomputes_is_tried_as_it_samples():
     lora.inject(model, 4, 8, dropout=0.5)
     fast.prepare(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert fast.decoder_for(model.train()) is LlamaDecoder and model.training
+    assert fast.decoder_for(model.train()) is TreeLlamaDecoder and model.training
 
 
 def test_a_completion_is_the_same_in_any_batch_of_the_quick_decoder():
