@@ -11,6 +11,7 @@ Without this folder, or with --plain true, training is slower and gives the same
     adapters        adapters.py  lora.LoRALinear.forward               CPU, CUDA   that function
     quick decoder   decoder.py   sampler.Decoder                       CPU, CUDA   that class
       its weights   decoder.py   products of linear layers             CPU         the layers' own
+      its rows      tree.py      a row for each completion             CPU         the decoder's own
       its step      graphs.py    the start of each of its kernels      CUDA        the step itself
     drawing         draw.py      sampler.sample_tokens                 CPU, CUDA   that function
     threads, heap   cpu.py       PyTorch's and the C library's ways    CPU         their settings
@@ -66,7 +67,7 @@ def completion_logps(
     mask = completion_mask.bool()
     hidden, predicting = hidden_states(model, prompt_ids, completion_ids)  # (N, D), (tokens,)
     # Completions that begin alike have predictions in common, and each is made once.
-    V = model.config.get_text_config().vocab_size
+    V = int(completions.max()) + 1
     each, of_token = (predicting * V + completions[mask]).unique(return_inverse=True)
     values = logps_from_hidden_states(model, hidden[each // V], each % V, temperature)
     blank = torch.zeros(mask.shape, dtype=values[0].dtype, device=device)

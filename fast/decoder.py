@@ -11,7 +11,8 @@ What a step of few rows costs is the number of its operations, and reading the w
     LlamaDecoder      the same for models of Llama's shape, in a third of the operations: one product
                       for all linear layers that read the same input, their adapters among them
 
-    GraphDecoder      the same on GPUs, its step replayed as one CUDA graph (graphs.py)
+    Tree…Decoder      either, with a row for each beginning that was drawn, not for each completion (tree.py)
+    GraphDecoder      LlamaDecoder on GPUs, its step replayed as one CUDA graph (graphs.py)
 
 `fast.decoder_for` says which of them serves a model. To try a new idea (a quantized cache, speculation),
 write another class with `logits`, `step` and `keep`, and choose it there.

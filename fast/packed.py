@@ -155,7 +155,6 @@ class Row:
             self.runs.append((places, path))
         return path
 
-
     def branch(self, continuations: Rows, behind: list[int]) -> list[list[int]]:
         """Append tokens that each continue the path `behind`, what they begin with once → the path
         of each."""

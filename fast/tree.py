@@ -21,24 +21,24 @@ from sampler import COMPACT_AT
 
 
 class Tree:
-    """A decoder of B rows whose own are the different ones among them. Stands in front of one."""
+    """Put in front of a decoder, it is one of B rows that keeps the different ones among them."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         super().__init__(model, prompts, torch.arange(len(prompts), device=row_of.device))
-        self.own_rows, V = self.logits.shape
-        self.size = V
-        self.row = row_of  # (B,) the own row of each
+        self.different, self.vocabulary = self.logits.shape
+        self.row = row_of  # (B,) where each stands among the different ones
         self.logits = self.logits[row_of]  # (B, V)
 
     def step(self, token: Tensor) -> Tensor:
-        different, place = (self.row * self.size + token).unique(return_inverse=True)
-        parents, tokens = different // self.size, different % self.size
+        drawn = self.row * self.vocabulary + token
+        drawn, row = drawn.unique(return_inverse=True)
+        parents, tokens = drawn // self.vocabulary, drawn % self.vocabulary
         forks = len(parents.unique()) < len(parents)
-        if forks or len(parents) <= COMPACT_AT * self.own_rows:
+        if forks or len(parents) <= COMPACT_AT * self.different:
             super().keep(parents)
-            self.own_rows, self.row = len(parents), place
-        else:  # to copy the cache would cost more than the rows that nobody needs any more
-            tokens = tokens.new_zeros(self.own_rows).index_copy(0, parents, tokens)
+            self.different, self.row = len(parents), row
+        else:  # rows that nobody is in any more may go on for a while
+            tokens = tokens.new_zeros(self.different).index_copy(0, parents, tokens)
         return super().step(tokens)[self.row]
 
     def keep(self, rows: Tensor) -> None:

@@ -131,7 +131,14 @@ def before_the_first_step(
     """What is worth saying, and the facts that say it, as metrics. num_prompts: of a step."""
     share = out_of_reach(policy, args.learning_rate * max_steps)
     facts = {"prompts_per_row": num_prompts / num_rows, "weights_out_of_reach": share}
-    return at_start(facts), facts
+    lines = at_start(facts)
+    parameter = next(policy.parameters())
+    if parameter.dtype == torch.bfloat16 and not dist.has_bfloat16(parameter.device):
+        lines.append(
+            "--torch_dtype bfloat16: this processor has no instructions for it; --torch_dtype "
+            "float32 is several times as fast, in twice the memory"
+        )
+    return lines, facts
 
 
 def at_start(facts: dict[str, float]) -> list[str]:

@@ -91,8 +91,19 @@ def test_more_prompts_a_step_than_rows_are_told():
     assert told(tiny_model(), rows=8) == []
 
 
-def test_a_learning_rate_that_bfloat16_cannot_show_is_told():
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_on_a_processor_that_cannot_multiply_it_is_told(monkeypatch, able):
+    monkeypatch.setattr("dist.has_bfloat16", lambda device: able)
+    lines = told(tiny_model(dtype=torch.bfloat16))
+    assert [line.partition(":")[0] for line in lines] == (
+        [] if able else ["--torch_dtype bfloat16"]
+    )
+    assert told(tiny_model()) == []
+
+
+def test_a_learning_rate_that_bfloat16_cannot_show_is_told(monkeypatch):
     """Weights of about 0.1: neighbours in bfloat16 lie 5e-4 apart, and half of that is the least move."""
+    monkeypatch.setattr("dist.has_bfloat16", lambda device: True)
     policy = tiny_model(dtype=torch.bfloat16)
     (line,) = told(policy, rate=1e-7, steps=100)
     assert line.startswith("--learning_rate: weights_out_of_reach is ")
