@@ -301,9 +301,9 @@ def formula_verdict(answer: str, reference: str) -> str:
         is_word = re.fullmatch(r"[^\W\d_]{2,}", word(typed(reference)) or "")
         return WRONG if is_word else UNREADABLE
     found = parse_answer(answer)
-    if found and number(typed(reference)) and not CHOOSING.search(answer):
-        if is_unworked(found[0]):
-            return WRONG
+    wants_number = number(typed(reference)) and not CHOOSING.search(answer)
+    if found and wants_number and is_unworked(found[0]):
+        return WRONG
     zeros = max((leading_zeros(each) for each in (*gold, *found)), default=0)
     precision = {"float_rounding": decimals(zeros), "numeric_precision": 15 + int(zeros)}
     return mark(verify(gold, found, **precision, timeout_seconds=None))
