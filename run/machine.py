@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-# A row's cache may have room for so many tokens beyond those in it (fast/decoder.py).
-ROOM = 16
+# A row's cache may have room for so many tokens beyond those in it (fast/decoder.py, fast/graphs.py).
+ROOM, ROOM_ON_GPU = 16, 128
 
 
 def free_memory(device: torch.device) -> int:
@@ -34,7 +34,8 @@ def rows_at_once(model: torch.nn.Module, length: int) -> int:
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     numbers = 2 * config.num_hidden_layers * key_heads * dim  # a token's keys and values
-    cache = parameter.itemsize * numbers * (length + ROOM)  # bytes
+    room = ROOM_ON_GPU if parameter.is_cuda else ROOM
+    cache = parameter.itemsize * numbers * (length + room)  # bytes
     logits = 40 * config.vocab_size  # bytes, with all that is made of them
     free = free_memory(parameter.device) // 2
     return max(1, free // (cache + logits))
