@@ -90,6 +90,15 @@ def test_adapters_and_biases_are_in_the_fused_products(architecture, dtype):
     assert dtype == torch.bfloat16 or quick.head.weight is not None  # in oneDNN's layout
 
 
+def test_a_decoder_of_graphs_lets_ended_rows_go_when_its_cache_grows(monkeypatch):
+    """On a CPU its steps are those that a graph would record."""
+    monkeypatch.setattr("fast.graphs.STEPS", ROOM + 1)
+    prompts, rows = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 3, 4, 5, 6]], torch.tensor([0, 0, 1, 2, 2])
+    kinds = [(Decoder, tiny_model()), (GraphDecoder, prepared())]
+    _, quick = compare(kinds, prompts, rows, CLOSE)
+    assert len(quick.token) == len(quick.cache.layers[0].keys[0]) == 3
+
+
 def test_each_model_takes_the_decoder_that_gives_its_own_logits():
     for architecture in OF_ANOTHER_SHAPE:
         model = prepared(architecture)
