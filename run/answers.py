@@ -80,7 +80,8 @@ ALTERED = re.compile(
     rf"|(?:{CURRENCY}) ?[+-]?[0-9][0-9.,]*(?:[A-Za-z]|{PARTS}\b).*)"
 )
 LONGEST_AMOUNT = 60  # characters
-CHOOSING = re.compile(r"binom|choose|[0-9_}]C|C[(_^]")  # counts, whose value is put in on the way
+# Counts, whose value is put in on the way, and a value behind the sign that math_verify stops at.
+VALUED = re.compile(r"binom|choose|[0-9_}]C|C[(_^]|approx|≈")
 
 
 # Verdicts --------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def formula_verdict(answer: str, reference: str) -> str:
         is_word = re.fullmatch(r"[^\W\d_]{2,}", word(typed(reference)) or "")
         return WRONG if is_word else UNREADABLE
     found = parse_answer(answer)
-    wants_number = number(typed(reference)) and not CHOOSING.search(answer)
+    wants_number = number(typed(reference)) and not VALUED.search(answer)
     if found and wants_number and is_unworked(found[0]):
         return WRONG
     zeros = max((leading_zeros(each) for each in (*gold, *found)), default=0)
