@@ -169,13 +169,11 @@ class Row:
                 token = rest[len(common)] if len(rest) > len(common) else None
                 groups.setdefault(token, []).append(i)
             ended = groups.pop(None, [])
-            if len(common) * (len(members) - 1) >= WORTH or not groups:
+            shares = len(common) * (len(members) - 1) >= WORTH or not groups
+            if shares:
                 path = self.append(common, path)
-                paths_of_ended = [path] * len(ended)
-            else:
-                paths_of_ended = [self.append(common, path) for _ in ended]
-            for i, own in zip(ended, paths_of_ended):
-                paths[i] = own
+            for i in ended:
+                paths[i] = path if shares else self.append(common, path)
             todo += [(group, path) for group in groups.values()]
         return paths
 

@@ -234,7 +234,7 @@ def two_ranks(tmp_path_factory):
     return in_processes(2, tmp_path_factory.mktemp("two"), sample_all)
 
 
-@pytest.mark.parametrize("gather, decoder", [(True, "LlamaDecoder"), (False, "PackedDecoder")])
+@pytest.mark.parametrize("gather, decoder", [(True, "TreeLlamaDecoder"), (False, "PackedDecoder")])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_sharded_model_with_quick_parts_samples_what_it_samples_whole(
     two_ranks, adapted, gather, decoder
