@@ -26,6 +26,7 @@ Nothing in here is part of the algorithm; train.py calls it, a line at a time.
     numerals.py     a number in words, in digits
     quantities.py   numbers with units, read exactly
     units.py        what a number counts, and amounts in two units
+    unworked.py     sums and products that nobody has worked out are no answer
     hedges.py       `at least 18` states no number
     intervals.py    inequalities and brackets, read as the same parts
     judge.py        a process that compares answers, and that no answer can hang

@@ -60,6 +60,7 @@ from run.notation import (
 from run.numerals import in_digits
 from run.quantities import decimal, decimals, number, same_number
 from run.units import CURRENCY, amount, compound, measured, same_unit
+from run.unworked import is_left_unworked
 
 # Sides, guesses, what is no number ---------------------------------------------------------------
 
@@ -80,8 +81,6 @@ ALTERED = re.compile(
     rf"|(?:{CURRENCY}) ?[+-]?[0-9][0-9.,]*(?:[A-Za-z]|{PARTS}\b).*)"
 )
 LONGEST_AMOUNT = 60  # characters
-# Counts, whose value is put in on the way, and a value behind the sign that math_verify stops at.
-VALUED = re.compile(r"binom|choose|[0-9_}]C|C[(_^]|approx|≈")
 
 
 # Verdicts --------------------------------------------------------------------------------------
@@ -302,50 +301,12 @@ def formula_verdict(answer: str, reference: str) -> str:
         is_word = re.fullmatch(r"[^\W\d_]{2,}", word(typed(reference)) or "")
         return WRONG if is_word else UNREADABLE
     found = parse_answer(answer)
-    wants_number = number(typed(reference)) and not VALUED.search(answer)
-    if found and wants_number and is_unworked(found[0]):
+    wanted = number(typed(reference))
+    if found and wanted and is_left_unworked(answer, wanted, found[0]):
         return WRONG
     zeros = max((leading_zeros(each) for each in (*gold, *found)), default=0)
     precision = {"float_rounding": decimals(zeros), "numeric_precision": 15 + int(zeros)}
     return mark(verify(gold, found, **precision, timeout_seconds=None))
-
-
-def is_unworked(expression) -> bool:
-    """Whether it is a sum, difference or product of numerals, still to be worked out.
-
-    `23 + 40` has the value 63 and is no answer to "What is 23 + 40?": a policy soon learns to repeat
-    the question. A quotient (`126/2`) is a fraction, and `6 + 1/4` a mixed number.
-    """
-    from sympy import Equality, Expr, preorder_traversal
-
-    if isinstance(expression, Equality):  # one side worked out is enough: `23 + 40 = 63`
-        sides = [side for side in expression.args if not side.is_Symbol]
-        return bool(sides) and all(map(is_unworked, sides))
-    if not isinstance(expression, Expr) or is_mixed_number(expression):
-        return False
-    parts = list(preorder_traversal(expression))
-    if not all(part.is_Number or part.is_Add or part.is_Mul or is_inverse(part) for part in parts):
-        return False  # a power, a root, a letter
-    return any(len(terms(part)) > 1 for part in parts)
-
-
-def terms(part) -> list:
-    """What a sum adds, and what a product multiplies apart from signs and divisors."""
-    if part.is_Mul:
-        return [factor for factor in part.args if factor != -1 and not is_inverse(factor)]
-    return list(part.args) if part.is_Add else []
-
-
-def is_inverse(part) -> bool:
-    return part.is_Pow and part.exp == -1
-
-
-def is_mixed_number(expression) -> bool:
-    """Whether it is a whole number and a proper fraction, as in `6 + 1/4`."""
-    if not expression.is_Add or len(expression.args) != 2:
-        return False
-    whole, fraction = sorted(expression.args, key=lambda part: not part.is_Integer)
-    return bool(whole.is_Integer and fraction.is_rational and whole > 0 and 0 < fraction < 1)
 
 
 def leading_zeros(expression) -> float:

@@ -256,8 +256,13 @@ def test_what_is_worked_out_on_one_side_or_is_a_fraction_or_a_power_is_an_answer
     assert in_this_process([(way, "63") for way in ways]) == [RIGHT] * len(ways)
     ways = [r"2^3 \cdot 3^2", r"8 \times 9 = 72", r"2 \cdot 6^2", r"\sqrt{5184}"]
     assert in_this_process([(way, "72") for way in ways]) == [RIGHT] * len(ways)
+    ways = ["20 + 43 ≈ 63", "63, because $23+40$", "It is 63 as 23+40"]
+    assert in_this_process([(way, "63") for way in ways]) == [RIGHT] * len(ways)
+    ways = [r"\cos(0) + 2", r"1 + 2\log_{10} 10", "2 + 0!", r"\ln(e) + 2"]
+    assert in_this_process([(way, "3") for way in ways]) == [RIGHT] * len(ways)
+    ways = [r"-2 - \frac{1}{2}", r"-\left(2+\frac12\right)", "-2.5"]
+    assert in_this_process([(way, "-2.5") for way in ways]) == [RIGHT] * len(ways)
     pairs = [
-        ("20 + 43 ≈ 63", "63"),
         ("63", "23 + 40"),
         (r"7 \cdot 9", "23 + 40"),
         ("6 + 1/4", "6.25"),
@@ -292,6 +297,9 @@ NEAR_MISSES = {
         ),
         ("23 + 40", r"63 \text{ km}"),
         ("23 + 40", r"\$63"),
+        *((way, "63") for way in ("approximately 23 + 40", r"\approx 23+40", "a+b = 23+40")),
+        ("f(2) = 2 * 12", "24"),
+        ("2 - 1/2", "1.5"),
         ("3 + 20 = 40 + 23", "63"),
         ("5 + 5/4", "6.25"),
         (r"2 \cdot 84", "168"),
