@@ -178,7 +178,7 @@ class Decoder:
         return self._forward(ids, self.mask, position)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Go on with these rows alone, none of them twice."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.position = self.position[rows]

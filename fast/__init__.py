@@ -11,8 +11,8 @@ Without this folder, or with --plain true, training is slower and gives the same
     adapters        adapters.py  lora.LoRALinear.forward               CPU, CUDA   that function
     quick decoder   decoder.py   sampler.Decoder                       CPU, CUDA   that class
       its weights   decoder.py   products of linear layers             CPU         the layers' own
-      its rows      tree.py      a row for each completion             CPU         the decoder's own
-      its step      graphs.py    the start of each of its kernels      CUDA        the step itself
+      its rows      tree.py      a row for each completion             CPU         sampler.Decoder
+      its step      graphs.py    a step kernel by kernel               CUDA        sampler.Decoder
     drawing         draw.py      sampler.sample_tokens                 CPU, CUDA   that function
     threads, heap   cpu.py       PyTorch's and the C library's ways    CPU         their settings
 
@@ -85,7 +85,7 @@ def decoder_for(model: torch.nn.Module, layerwise: bool = False) -> type[sampler
         return sampler.Decoder
     if layerwise:
         return PackedDecoder
-    on_gpu = next(model.parameters()).is_cuda  # where a row more costs nothing, and a kernel does
+    on_gpu = next(model.parameters()).is_cuda  # rows cost little there, and kernels much
     kinds = [GraphDecoder, LlamaDecoder] if on_gpu else [TreeLlamaDecoder]
     training = model.training
     try:

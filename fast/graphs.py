@@ -13,6 +13,7 @@ has no more room. Then ended rows leave, the cache grows, and a new graph is rec
 See CUDA graphs in PyTorch: https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 
 from fast.decoder import DecodingLayer, LlamaDecoder, with_room
 
-STEPS = 128  # of a graph, at most: the cache has room for so many tokens
+STEPS = 128  # of a graph, at most: the cache has room for so many tokens more
+LEAST_FREE = 2 << 30  # bytes: while it records, PyTorch frees nothing that it holds on to
 
 
 class GraphLayer(DecodingLayer):
-    """A `DecodingLayer` that asks no number of Python's, so that a graph of it stays true.
+    """A `DecodingLayer` whose place and mask are tensors: a number of Python's would be recorded as
+    it is, and be the same in every replay.
 
     place (1,): where the next token goes. bias (B, 1, size): 0 where a row may look, very negative
     elsewhere. All layers share them, and the decoder moves them on.
@@ -63,7 +66,8 @@ class GraphDecoder(LlamaDecoder):
         bias.masked_fill_(seen == 0, self.lowest)
         self.room = first.keys.shape[2] - first.length
         self.bias = F.pad(bias, (0, self.room), value=self.lowest)
-        self.rows = torch.arange(len(row_of), device=row_of.device)  # that go on, of those decoded
+        # The rows that go on, among those that are decoded.
+        self.rows = torch.arange(len(row_of), device=row_of.device)
         self._make_room(STEPS - self.room)
 
     def step(self, token: Tensor) -> Tensor:
@@ -90,7 +94,10 @@ class GraphDecoder(LlamaDecoder):
         self.room += tokens
 
     def _replay(self) -> Tensor:
-        """A step of all rows → their logits, (B, V), which the next one overwrites."""
+        """A step of all rows → their logits, (B, V), which the next one overwrites.
+
+        The first of each size is not recorded: it loads kernels, which a recording may not.
+        """
         if self.graph is None and self.loaded and self.token.is_cuda:
             self.graph, self.out = record(self._advance)
         if self.graph is not None:
@@ -108,9 +115,16 @@ class GraphDecoder(LlamaDecoder):
         return logits
 
 
+@functools.cache
+def recording_stream() -> "torch.cuda.Stream":
+    return torch.cuda.Stream()
+
+
 def record(work) -> tuple["torch.cuda.CUDAGraph", Tensor]:
-    """A graph of what `work` does, and the tensor that it returns. Nothing of it is done yet."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    """A graph of what `work` does, and the tensor that it returns. It is recorded and not yet run."""
+    if torch.cuda.mem_get_info()[0] < LEAST_FREE:
+        torch.cuda.empty_cache()
+    graph, stream = torch.cuda.CUDAGraph(), recording_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # Other threads of this process may go on with the GPU meanwhile.

@@ -36,7 +36,7 @@ from grpo import Rows, pad, positions
 from sampler import distinct
 
 QUERIES_AT_ONCE = 256  # of one completion: what the causal mask hides behind them is not computed
-WORTH = 8  # tokens that a run of its own saves at least
+WORTH = 8  # tokens that sharing has to save, to be worth a run of its own
 MAX_SCORES = 1 << 23  # attention scores at once, some 100 MiB while they are worked on
 
 
@@ -53,7 +53,7 @@ def hidden_states(
     model: torch.nn.Module, prompt_ids: Rows, completion_ids: Rows
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states, (N, D), and the place of the one that predicts each completion token,
-    (tokens,): tokens that several completions have in common are predicted by the same.
+    (tokens,): tokens that several completions have in common are predicted by one state.
 
     Models that cannot pack (`fast.prepare` tries) run on a padded batch.
     """
@@ -156,8 +156,8 @@ class Row:
         return path
 
     def branch(self, continuations: Rows, behind: list[int]) -> list[list[int]]:
-        """Append tokens that each continue the path `behind`, what they begin with once → the path
-        of each."""
+        """Append several continuations of the path `behind`, and what they begin with but once → the
+        path that ends with each."""
         paths = [behind] * len(continuations)
         todo = [(range(len(continuations)), behind)]  # whose tokens are the same up to this path
         while todo:
@@ -170,7 +170,7 @@ class Row:
                 groups.setdefault(token, []).append(i)
             ended = groups.pop(None, [])
             shares = len(common) * (len(members) - 1) >= WORTH or not groups
-            if shares:
+            if shares:  # else each appends it with its rest, further below
                 path = self.append(common, path)
             for i in ended:
                 paths[i] = path if shares else self.append(common, path)

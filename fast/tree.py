@@ -21,7 +21,7 @@ from sampler import COMPACT_AT
 
 
 class Tree:
-    """Put in front of a decoder, it is one of B rows that keeps the different ones among them."""
+    """A mixin: outside it decodes B rows, and the decoder behind it the different ones among them."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         super().__init__(model, prompts, torch.arange(len(prompts), device=row_of.device))
@@ -37,7 +37,7 @@ class Tree:
         if forks or len(parents) <= COMPACT_AT * self.different:
             super().keep(parents)
             self.different, self.row = len(parents), row
-        else:  # rows that nobody is in any more may go on for a while
+        else:  # rows that no completion is in any more may go on for a while
             tokens = tokens.new_zeros(self.different).index_copy(0, parents, tokens)
         return super().step(tokens)[self.row]
 
