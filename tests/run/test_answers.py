@@ -286,7 +286,7 @@ NEAR_MISSES = {
             (way, "63")
             for way in ("23 + 40", "$23+40$", r"\boxed{23 + 40}", "(23+40)", "x = 23 + 40")
         ),
-        *((way, "63") for way in ("The sum is 23 + 40.", "23 + 40 =  Ma Salt.", "23 + 40 is it")),
+        *((way, "63") for way in ("The sum is 23 + 40.", "23 + 40 = Cricket.", "23 + 40 is it")),
         *(
             (way, "63")
             for way in ("100 - 37", "3 \\cdot 20 + 3", "63 + 0", "1.5 + 61.5", "23+40 km")
