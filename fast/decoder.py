@@ -49,12 +49,8 @@ def serves(kind: type[Decoder], model: nn.Module) -> bool:
     limit = 0.05 if model.dtype == torch.bfloat16 else 1e-3
     try:
         general, quick = PackedDecoder(model, prompts, rows), kind(model, prompts, rows)
-        for token in (
-            [b, c, d],
-            [d, d, a],
-            [c, b, a],
-            [a, a, b],
-        ):  # a graph is replayed at the third
+        # A graph (fast/graphs.py) is recorded at the second and replayed from then on.
+        for token in ([b, c, d], [d, d, a], [c, b, a], [a, a, b]):
             token = rows.new_tensor(token)
             expected, logits = general.step(token), quick.step(token)
     except torch.OutOfMemoryError:  # which no other part is to blame for
@@ -65,39 +61,6 @@ def serves(kind: type[Decoder], model: nn.Module) -> bool:
 
 
 # Packed prompts ---------------------------------------------------------------------------------
-
-
-class PackedDecoder(Decoder):
-    """Decoder of a model that packs (fast/packed.py): attention is "grouped".
-
-    Prompts are prefilled as one row of N tokens. The cache holds what all prompts begin with once
-    for all rows, and each row's own in a layout that its products read as it is.
-    """
-
-    layer_type: type  # of the cache's layers
-
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
-        self.model = model
-        pack = Pack(prompts, [], model.config.get_text_config(), row_of.device)
-        pack.keys_and_values = []  # filled by the layers' attention, a pair each
-        self.logits = forward(prefill, model, pack)[row_of]  # (B, V)
-
-        places, mask = pad(pack.rests, "left", row_of.device)  # (P, L), in the pack
-        layers = [
-            self.layer_type(keys, values, pack.shared, places[row_of])
-            for keys, values in pack.keys_and_values
-        ]
-        self.cache = Cache(layers=layers)
-        beginning = mask.new_ones(len(mask), pack.shared)
-        self.mask = torch.cat([beginning, mask], dim=1)[row_of]  # (B, shared + L)
-        self.position = self.mask.sum(1)  # (B,) of each row's next token
-
-
-def prefill(model: nn.Module, pack: Pack) -> Tensor:
-    """Run a pack of prompts → logits behind each, (P, V)."""
-    last = [rest[-1] for rest in pack.rests]
-    hidden = pack.run(model.get_decoder())[last]  # (P, D)
-    return logits_from_hidden_states(model, hidden)
 
 
 class DecodingLayer(DynamicLayer):
@@ -177,7 +140,37 @@ class DecodingLayer(DynamicLayer):
         return self.shared + self.length
 
 
-PackedDecoder.layer_type = DecodingLayer
+class PackedDecoder(Decoder):
+    """Decoder of a model that packs (fast/packed.py): attention is "grouped".
+
+    Prompts are prefilled as one row of N tokens. The cache holds what all prompts begin with once
+    for all rows, and each row's own in a layout that its products read as it is.
+    """
+
+    layer_type = DecodingLayer
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
+        self.model = model
+        pack = Pack(prompts, [], model.config.get_text_config(), row_of.device)
+        pack.keys_and_values = []  # filled by the layers' attention, a pair each
+        self.logits = forward(prefill, model, pack)[row_of]  # (B, V)
+
+        places, mask = pad(pack.rests, "left", row_of.device)  # (P, L), in the pack
+        layers = [
+            self.layer_type(keys, values, pack.shared, places[row_of])
+            for keys, values in pack.keys_and_values
+        ]
+        self.cache = Cache(layers=layers)
+        beginning = mask.new_ones(len(mask), pack.shared)
+        self.mask = torch.cat([beginning, mask], dim=1)[row_of]  # (B, shared + L)
+        self.position = self.mask.sum(1)  # (B,) of each row's next token
+
+
+def prefill(model: nn.Module, pack: Pack) -> Tensor:
+    """Run a pack of prompts → logits behind each, (P, V)."""
+    last = [rest[-1] for rest in pack.rests]
+    hidden = pack.run(model.get_decoder())[last]  # (P, D)
+    return logits_from_hidden_states(model, hidden)
 
 
 def with_room(x: Tensor, tokens: int) -> Tensor:

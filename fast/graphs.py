@@ -1,7 +1,7 @@
 """A decoding step as one CUDA graph, on GPUs.
 
-A step is over a thousand kernels, each of which takes a GPU less time than Python takes to start it.
-A graph is such kernels recorded once, and started by one call:
+A step is a thousand kernels or two, each of which takes a GPU less time than Python takes to start
+it. A graph is such kernels recorded once, and started by one call:
 
     first step    run as it is                     loads what kernels need
     second step   recorded, then replayed          a graph

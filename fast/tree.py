@@ -8,7 +8,7 @@ for most of them, so that they stay one row for long:
     later         p1a p1b       p2                   a row for each beginning that was drawn
 
 Each completion draws with its own random numbers from its row's logits. So nothing changes but the
-work: 64 completions of the arithmetic task are some 20 rows in most steps.
+work: 64 completions of the arithmetic task are 16 to 27 rows once the policy is sure of its answers.
 """
 
 from collections.abc import Sequence
