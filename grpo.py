@@ -20,6 +20,7 @@ The family is what these flags make of it. They combine freely; docs/family.md t
     RLOO           2402.14740  A: r less the mean of the others        advantage_estimator rloo
     REINFORCE++    2501.03262  A: r - mean, over the batch's std of it advantage_estimator reinforce_…
                                both: the KL is taken off the reward    kl_in_reward
+    MaxRL          2602.02710  A: (r - mean) / mean                    scale_rewards mean
     GDPO           2601.05242  A: z-scores of each reward, weighted    scale_rewards gdpo
     Dr. GRPO       2503.20783  A: without the std                      scale_rewards none
                                loss: Σ over tokens / (N · longest)     loss_type dr_grpo
@@ -70,8 +71,8 @@ class Options:
         Literal["grpo", "rloo", "reinforce_plus_plus"], "what a reward is compared with"
     ] = "grpo"
     scale_rewards: Annotated[
-        Literal["group", "batch", "none", "gdpo"] | None,
-        "whose std divides; else group, none for rloo, batch for reinforce_plus_plus",
+        Literal["group", "batch", "none", "mean", "gdpo"] | None,
+        "whose std divides, or the mean; else group, none for rloo, batch for reinforce_plus_plus",
     ] = None
     loss_type: Annotated[
         Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"], "the clip, and what divides"
@@ -125,8 +126,8 @@ def group_advantages(
 
     rewards (N,) with N = groups × G → advantages (N,) and the groups' standard deviations
     (N / G,), both with G - 1 in the denominator. A group whose rewards are all equal teaches
-    nothing: its advantages are exactly 0. Only scale_rewards gdpo reads scores (N, functions), of
-    which rewards are the weighted sums.
+    nothing: its advantages are exactly 0. Nor does one whose mean is not above 0, where scale_rewards
+    is mean. Only gdpo reads scores (N, functions), of which rewards are the weighted sums.
     """
     groups = rewards.view(-1, num_generations)  # (N / G, G)
     std = groups.std(dim=1, keepdim=True)
@@ -145,6 +146,10 @@ def group_advantages(
         centred = centred.to(groups).view_as(groups)
     if scale == "group":
         centred = centred / (std + ADVANTAGE_EPS)
+    elif scale == "mean":
+        # For rewards of 0 and 1: a right answer counts the more, the fewer there are.
+        mean = groups.mean(dim=1, keepdim=True)
+        centred = (centred / (mean + ADVANTAGE_EPS)).masked_fill(mean <= 0, 0.0)
     elif scale != "none":
         # Over all N: of the rewards, or for REINFORCE++ and GDPO of what it divides.
         of_rewards = scale == "batch" and estimator != "reinforce_plus_plus"

@@ -19,6 +19,7 @@ write another class with `logits`, `step` and `keep`, and choose it there.
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 import lora
-from dist import forward, has_bfloat16
+from dist import forward, has_bfloat16, is_sharded
 from fast import adapters
 from fast.head import logits_from_hidden_states
 from fast.packed import Pack
 from grpo import pad
 from sampler import Decoder
 
+# Frozen weights in oneDNN's layout, and what they were made of, by the first of their layers.
+KEPT: WeakKeyDictionary = WeakKeyDictionary()
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it (run/machine.py)
 
 
@@ -184,14 +187,16 @@ def with_room(x: Tensor, tokens: int) -> Tensor:
 class LlamaDecoder(PackedDecoder):
     """The same for models of Llama's shape (Qwen 2 and 3, SmolLM 2, …), whose layers it runs itself.
 
-    Their weights are put together once a call of `generate`, as they are at that moment.
+    Their weights are put together once a call of `generate`, as they are at that moment, and frozen
+    ones once and for all.
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         super().__init__(model, prompts, row_of)
         pairs = zip(model.model.layers, self.cache.layers)
-        self.layers = [LlamaLayer(layer, cache) for layer, cache in pairs]
-        self.head = FusedLinear(model.lm_head)
+        keep = not is_sharded(model)  # whose ranks would keep all weights each
+        self.layers = [LlamaLayer(layer, cache, keep) for layer, cache in pairs]
+        self.head = FusedLinear(model.lm_head, keep=keep)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
 
     def step(self, token: Tensor) -> Tensor:
@@ -220,15 +225,15 @@ class LlamaDecoder(PackedDecoder):
 class LlamaLayer:
     """One layer's step of all rows: x (B, D) → (B, D)."""
 
-    def __init__(self, layer: nn.Module, cache: DecodingLayer):
+    def __init__(self, layer: nn.Module, cache: DecodingLayer, keep: bool):
         attention, mlp = layer.self_attn, layer.mlp
         self.attention, self.mlp, self.cache = attention, mlp, cache
         self.attention_norm = layer.input_layernorm
         self.mlp_norm = layer.post_attention_layernorm
-        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = FusedLinear(attention.o_proj)
-        self.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj)
-        self.down = FusedLinear(mlp.down_proj)
+        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj, keep=keep)
+        self.o = FusedLinear(attention.o_proj, keep=keep)
+        self.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj, keep=keep)
+        self.down = FusedLinear(mlp.down_proj, keep=keep)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         attention, cache = self.attention, self.cache
@@ -259,12 +264,14 @@ class FusedLinear:
     """Linear layers that read the same input, with their adapters beside them.
 
     On a CPU they become one product with its weights in the layout that oneDNN wants, which F.linear
-    makes anew at every call. An adapter is columns more of that product, and their input is A x:
+    makes anew at every call. The adapters are one product of their own, added to it:
 
-        y = [W, s B] [x, A x] + b
+        y = W x + b + s B (A x)
+
+    keep: W is put together once and kept, if it is frozen.
     """
 
-    def __init__(self, *linears: nn.Linear):
+    def __init__(self, *linears: nn.Linear, keep: bool = False):
         self.linears = linears
         self.weight = self.A = self.bias = None
         if not is_fused(linears[0].weight) or not all(map(is_known, linears)):
@@ -273,31 +280,29 @@ class FusedLinear:
         if adapted:
             parts = [linear.lora_A for linear in adapted]
             self.A = torch.cat(parts).to(linears[0].weight.dtype)  # (all ranks together, in)
+            self.B = self._scaled_B(adapted)  # (out, all ranks together)
         if linears[0].bias is not None:
             self.bias = torch.cat([linear.bias for linear in linears])
-        weight = self._weight(adapted)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight = (kept_weight if keep else fused_weight)(linears)
 
-    def _weight(self, adapted: list[lora.LoRALinear]) -> Tensor:
-        """[W, s B]: rows are the layers' outputs, columns the input and then each adapter's."""
+    def _scaled_B(self, adapted: list[lora.LoRALinear]) -> Tensor:
+        """s B of all adapters: each has the rows of its layer's outputs, and columns of its own."""
         sizes = [linear.out_features for linear in self.linears]
-        columns = self.linears[0].in_features
-        ranks = 0 if self.A is None else len(self.A)
-        weight = self.linears[0].weight.new_zeros(sum(sizes), columns + ranks)
-        end = columns
-        for linear, rows in zip(self.linears, weight.split(sizes)):
-            rows[:, :columns] = linear.weight
+        B = self.A.new_zeros(sum(sizes), len(self.A))
+        end = 0
+        for linear, rows in zip(self.linears, B.split(sizes)):
             if linear in adapted:
                 start, end = end, end + len(linear.lora_A)
                 rows[:, start:end] = linear.scale * linear.lora_B
-        return weight
+        return B
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """x (B, in) → all layers' outputs side by side, (B, out), added to `plus`."""
         if self.weight is None:
             return self._one_by_one(x, plus)
         if self.A is not None:
-            x = torch.cat([x, F.linear(x, self.A)], dim=1)
+            low_rank = F.linear(x, self.A)
+            plus = F.linear(low_rank, self.B) if plus is None else plus.addmm(low_rank, self.B.T)
         product = torch.ops.mkldnn._linear_pointwise
         if plus is None:
             return product(x, self.weight, self.bias, "none", [], "")
@@ -307,6 +312,27 @@ class FusedLinear:
         parts = [linear(x) for linear in self.linears]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return y if plus is None else plus + y
+
+
+def fused_weight(linears: Sequence[nn.Linear]) -> Tensor:
+    """Their weights, one below the other, in oneDNN's layout."""
+    weight = torch.cat([linear.weight for linear in linears])
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def kept_weight(linears: Sequence[nn.Linear]) -> Tensor:
+    """`fused_weight`, the one of the last call as long as their weights have not changed.
+
+    Weights that learn change at every step, and are not kept."""
+    weights = [linear.weight for linear in linears]
+    if any(weight.requires_grad or weight.is_inference() for weight in weights):
+        return fused_weight(linears)
+    made_of = [(weight.data_ptr(), weight._version) for weight in weights]
+    before, fused = KEPT.get(linears[0], (None, None))
+    if before != made_of:
+        fused = fused_weight(linears)
+        KEPT[linears[0]] = made_of, fused
+    return fused
 
 
 def is_known(linear: nn.Linear) -> bool:

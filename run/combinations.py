@@ -19,6 +19,7 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UsageError("--output_dir '': names no folder; output, or . for this one, works")
     check_objective(args)
     check_reference(args)
+    check_mean(args)
     check_soft_overlong(args)
     check_vllm(args)
     check_split(args)
@@ -67,6 +68,11 @@ def check_objective(args: argparse.Namespace) -> None:
             f"--scale_rewards gdpo: has advantages of its own, not those of {estimator}; "
             "--advantage_estimator grpo, or --scale_rewards group, batch or none, works"
         )
+    if args.scale_rewards == "mean" and args.kl_in_reward:
+        raise UsageError(
+            "--kl_in_reward true: leaves rewards below 0, and --scale_rewards mean divides by their "
+            "mean; false, or another --scale_rewards, works"
+        )
     if args.scale_rewards == "gdpo" and args.kl_in_reward:
         raise UsageError(
             "--kl_in_reward true: gdpo compares each reward function by itself, and the KL is none; "
@@ -89,6 +95,33 @@ def check_reference(args: argparse.Namespace) -> None:
         )
     if not args.beta:
         raise UsageError("--sync_ref_model true: --beta 0 has no reference; --beta 0.04 works")
+
+
+def check_mean(args: argparse.Namespace) -> None:
+    """Rewards that are divided by their mean are 0 or more."""
+    if args.scale_rewards != "mean":
+        return
+    works = "--scale_rewards group, batch or none works"
+    for weight in args.reward_weights or ():
+        if weight < 0:
+            raise UsageError(
+                f"--reward_weights {weight:g}: makes rewards below 0, and --scale_rewards mean divides "
+                f"by their mean; 0 or more, or {works}"
+            )
+    if args.reward_model:
+        raise UsageError(
+            "--reward_model: its values may be below 0, and --scale_rewards mean divides by their "
+            f"mean; without it, or {works}"
+        )
+    ends = [args.cosine_min_len_value_wrong, args.cosine_max_len_value_wrong]
+    ends += [args.cosine_min_len_value_correct, args.cosine_max_len_value_correct]
+    lowest = {"cosine": min(ends), "repetition": args.repetition_max_penalty, "soft_overlong": -1}
+    for name in args.reward_funcs:
+        if lowest.get(name, 0) < 0:
+            raise UsageError(
+                f"--reward_funcs {name}: falls to {lowest[name]:g}, and --scale_rewards mean divides "
+                f"by the mean of rewards; without it, or {works}"
+            )
 
 
 def check_soft_overlong(args: argparse.Namespace) -> None:

@@ -217,7 +217,8 @@ def terms(args: argparse.Namespace, s: dict[str, float]) -> list[Term]:
         add("logits", f"B*V*(w + {12 + 24 * (args.top_p < 1 or args.top_k > 0)})", "generate")
         fast = s["w"] == 4 or has_bfloat16(torch.device("cpu"))
         if not on_gpu and fast and s["llama"] and (gather or not zero3):
-            add("packed weights", "w*W", "generate")  # in oneDNN's layout
+            kept = lora_run and not zero3  # from one call of generate to the next
+            add("packed weights", "w*W", *(MOMENTS if kept else ["generate"]))  # in oneDNN's layout
     # The optimizer's, with the weights made of it for the model's file; on a GPU a bucket's at a time.
     add("whole state", f"{bytes_to_save(s)}*T" if not on_gpu else "4*K", "save")
 

@@ -2,6 +2,7 @@
 slow loops in float64, and against TRL's own loss with the same log-probabilities."""
 
 import argparse
+import itertools
 import math
 import random
 import statistics
@@ -24,6 +25,7 @@ ROWS = {
     "grpo": {},
     "rloo": {"advantage_estimator": "rloo"},
     "reinforce_plus_plus": {"advantage_estimator": "reinforce_plus_plus"},
+    "maxrl": {"scale_rewards": "mean"},
     "gdpo": {"scale_rewards": "gdpo"},
     "batch": {"scale_rewards": "batch"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
@@ -40,7 +42,7 @@ ROWS = {
 }
 CHOICES = {
     "advantage_estimator": ["grpo", "rloo", "reinforce_plus_plus"],
-    "scale_rewards": [None, "group", "batch", "none", "gdpo"],
+    "scale_rewards": [None, "group", "batch", "none", "mean", "gdpo"],
     "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"],
     "importance_sampling_level": ["token", "sequence"],
     "epsilon": [0.05, 0.2],
@@ -148,6 +150,11 @@ def slow_advantages(step, options):
             advantages.append(reward - baseline)
     if scale == "none":
         return advantages
+    if scale == "mean":
+        means = [statistics.mean(group) for group in groups_of(rewards)]
+        return [
+            a / (means[i // G] + 1e-4) if means[i // G] > 0 else 0 for i, a in enumerate(advantages)
+        ]
     whole = statistics.stdev(advantages if estimator == "reinforce_plus_plus" else rewards)
     spreads = [
         statistics.stdev(group) if scale == "group" else whole for group in groups_of(rewards)
@@ -281,6 +288,31 @@ def test_every_row_is_another_loss_than_plain_grpos(row):
         without = ROWS[row] | {name: getattr(grpo.PAPER, name)}
         if row != "cispo":  # which needs its bound
             assert abs(whole - our_loss(step, make(without))[0]) > 1e-5, name
+
+
+def test_maxrl_climbs_the_sum_of_pass_at_k_over_k():
+    """Its gradient, in the mean over all draws of G answers, is that of Σ pass@k / k, k from 1 to
+    G - 1 (arXiv 2602.02710, theorem 2, with all answers' mean as the control variate). p, the chance
+    of a right answer, has pass@k = 1 - (1 - p)^k."""
+    logits = torch.tensor([0.3, -1.2, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    logps, is_right = logits.log_softmax(0), torch.tensor([0.0, 1.0, 0.0, 1.0]).double()
+    expected = own = 0.0
+    p = logps.exp() @ is_right
+    for k in range(1, G):
+        expected = expected + (1 - (1 - p) ** k) / k
+    for draw in itertools.product(range(4), repeat=G):
+        answers = torch.tensor(draw)
+        advantages, _ = grpo.group_advantages(is_right[answers], G, make({"scale_rewards": "mean"}))
+        chance = logps[answers].sum().exp().detach()
+        own = own + chance * (advantages * logps[answers]).mean()
+    own, expected = (torch.autograd.grad(f, logits, retain_graph=True)[0] for f in (own, expected))
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=0)  # of the 1e-4 beside the mean
+
+
+def test_a_mean_of_0_or_less_divides_nothing():
+    rewards = torch.tensor([0.5, -0.5, 0.0, 0.0, -1.0, -3.0, 1.0, 2.0])
+    advantages, _ = grpo.group_advantages(rewards, 4, make({"scale_rewards": "mean"}))
+    assert advantages.tolist() == [0.0] * 8
 
 
 @each
@@ -439,6 +471,12 @@ REFUSED = {
     "--loss_type sapo --delta 4": "--delta 4: ",
     "--loss_type sapo --importance_sampling_level sequence": "--importance_sampling_level sequence: ",
     "--scale_rewards gdpo --advantage_estimator rloo": "--advantage_estimator grpo, or ",
+    "--scale_rewards mean --reward_funcs repetition": "--reward_funcs repetition: falls to -1",
+    "--scale_rewards mean --reward_funcs cosine": "--reward_funcs cosine: falls to -0.5",
+    "--scale_rewards mean --reward_weights -1": "--reward_weights -1: ",
+    "--scale_rewards mean --reward_model x": "--reward_model: ",
+    "--scale_rewards mean --kl_in_reward true": "--kl_in_reward true: ",
+    "--scale_rewards mean --advantage_estimator rloo": "--kl_in_reward true: ",
     "--delta 1": "--delta: '1': a number above 1 works",
     "--top_entropy_quantile 0": "--top_entropy_quantile: '0': a number above 0 to 1 works",
 }

@@ -293,7 +293,7 @@ def grpo_options(**changes):
 
 CHOICES = {
     "advantage_estimator": ["grpo", "rloo", "reinforce_plus_plus"],
-    "scale_rewards": ["group", "batch", "none", "gdpo"],
+    "scale_rewards": ["group", "batch", "none", "mean", "gdpo"],
     "loss_type": ["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"],
     "importance_sampling_level": ["token", "sequence"],
     "epsilon_high": [0.28, 5],
