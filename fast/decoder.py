@@ -55,7 +55,7 @@ def serves(kind: type[Decoder], model: nn.Module) -> bool:
         # A graph (fast/graphs.py) is recorded at the second and replayed from then on.
         for token in ([b, c, d], [d, d, a], [c, b, a], [a, a, b]):
             token = rows.new_tensor(token)
-            expected, logits = general.step(token), quick.step(token)
+            expected, logits = general.step(token), quick.step(token).float()
     except torch.OutOfMemoryError:  # which no other part is to blame for
         raise
     except (AttributeError, RuntimeError, TypeError):  # it has other parts

@@ -7,8 +7,8 @@ for most of them, so that they stay one row for long:
     first step    p1            p2                   a row for each prompt
     later         p1a p1b       p2                   a row for each beginning that was drawn
 
-Each completion draws with its own random numbers from its row's logits. So nothing changes but the
-work: 64 completions of the arithmetic task are 16 to 27 rows once the policy is sure of its answers.
+Each completion draws with its own random numbers from its row's logits (`draw.Shared`). So nothing
+changes but the work: 64 completions of the arithmetic task are 16 to 27 rows once the policy is sure of its answers.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.decoder import LlamaDecoder, PackedDecoder
+from fast.draw import Shared
 from sampler import COMPACT_AT
 
 
@@ -27,9 +28,9 @@ class Tree:
         super().__init__(model, prompts, torch.arange(len(prompts), device=row_of.device))
         self.different, self.vocabulary = self.logits.shape
         self.row = row_of  # (B,) where each stands among the different ones
-        self.logits = self.logits[row_of]  # (B, V)
+        self.logits = Shared(self.logits, row_of)
 
-    def step(self, token: Tensor) -> Tensor:
+    def step(self, token: Tensor) -> Shared:
         drawn = self.row * self.vocabulary + token
         drawn, row = drawn.unique(return_inverse=True)
         parents, tokens = drawn // self.vocabulary, drawn % self.vocabulary
@@ -39,7 +40,7 @@ class Tree:
             self.different, self.row = len(parents), row
         else:  # rows that no completion is in any more may go on for a while
             tokens = tokens.new_zeros(self.different).index_copy(0, parents, tokens)
-        return super().step(tokens)[self.row]
+        return Shared(super().step(tokens), self.row)
 
     def keep(self, rows: Tensor) -> None:
         self.row = self.row[rows]

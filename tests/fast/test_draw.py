@@ -26,6 +26,16 @@ def test_the_same_tokens_with_the_same_probabilities(vocabulary, temperature, to
     torch.testing.assert_close(logps, plain_logps)
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.7, 0), (0.9, 5)])
+def test_completions_that_share_logits_draw_what_they_would_from_their_own(top_p, top_k):
+    shared = draw.Shared(2 * torch.randn(3, 1000), torch.tensor([2, 0, 0, 2, 2]).repeat(20))
+    uniforms = torch.rand(100)
+    tokens, logps = fast.sample_tokens(shared, uniforms, 0.8, top_p, top_k)
+    plain_tokens, plain_logps = sampler.sample_tokens(shared.float(), uniforms, 0.8, top_p, top_k)
+    assert torch.equal(tokens, plain_tokens) and len(tokens.unique()) > 5
+    torch.testing.assert_close(logps, plain_logps)
+
+
 def test_no_uniform_number_draws_a_token_of_probability_zero():
     logits = torch.full((3, 1000), float("-inf"))
     logits[:, 400:500] = torch.randn(100)
@@ -60,4 +70,14 @@ def test_the_quick_way_to_draw_knows_the_plain_one():
 @pytest.mark.parametrize("name", ["sample_tokens", "first_above", "truncate"])
 def test_whoever_changes_the_plain_way_to_draw_gets_it(name, monkeypatch):
     monkeypatch.setattr(sampler, name, without_a_token)
-    assert fast.draw_for() is sampler.sample_tokens
+    assert fast.draw_for() is draw.plainly
+
+
+def test_the_changed_way_draws_from_shared_logits_too(monkeypatch):
+    monkeypatch.setattr(sampler, "sample_tokens", without_a_token)
+    likely = torch.full((2, 9), -30.0)
+    likely[:, 7] = 30.0
+    shared, uniforms = draw.Shared(likely, torch.tensor([1, 0, 1])), torch.tensor([0.2, 0.9, 0.5])
+    assert fast.sample_tokens(shared, uniforms, 1.0)[0].tolist() == [7, 7, 7]
+    tokens, _ = fast.draw_for()(shared, uniforms, 1.0)
+    assert len(tokens) == 3 and 7 not in tokens
