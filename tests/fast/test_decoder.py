@@ -9,7 +9,8 @@ from test_sampler import ENDS, prompts_of
 
 import fast
 import lora
-from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, serves
+from fast import decoder
+from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, is_fused, serves
 from fast.graphs import GraphDecoder
 from fast.tree import TreeLlamaDecoder, TreePackedDecoder
 from sampler import Decoder, ModelSampler
@@ -32,12 +33,12 @@ def compare(kinds: list, prompts, rows, close) -> list[Decoder]:
     decoders = [kind(model, prompts, rows) for kind, model in kinds]
     expected, *others = decoders
     for decoder in others:
-        torch.testing.assert_close(decoder.logits, expected.logits, **close)
+        torch.testing.assert_close(decoder.logits.float(), expected.logits.float(), **close)
     for t in range(2 * ROOM + 1):
         token = (torch.arange(len(expected.mask)) * 7 + 11 * t) % 97
-        logits = expected.step(token)
+        logits = expected.step(token).float()
         for decoder in others:
-            torch.testing.assert_close(decoder.step(token), logits, **close)
+            torch.testing.assert_close(decoder.step(token).float(), logits, **close)
         if t == 2:
             for decoder in decoders:
                 decoder.keep(torch.tensor([0, 2, 4]))
@@ -127,6 +128,42 @@ def test_a_completion_is_the_same_in_any_batch_of_the_quick_decoder():
     together = sampler.generate(prompts, range(100, 112))
     apart = [sampler.generate([p], [100 + i])[0] for i, p in enumerate(prompts)]
     assert [c.ids for c in together] == [c.ids for c in apart]
+
+
+@pytest.mark.skipif(not is_fused(torch.zeros(1)), reason="oneDNN packs no weights here")
+def test_frozen_weights_are_packed_once_and_again_when_they_change(monkeypatch):
+    packed, pack = [], decoder.fused_weight
+    monkeypatch.setattr(decoder, "fused_weight", lambda linears: packed.append(1) or pack(linears))
+    settings = {"eos_token_ids": [], "max_new_tokens": 12}
+    plain = lora.inject(tiny_model(), 4, 8.0)
+    model = copy.deepcopy(plain)
+    fast.prepare(model)
+    samplers = ModelSampler(plain, **settings), ModelSampler(model, **settings, decoder=LlamaDecoder)
+    products = 4 * len(model.model.layers) + 1  # the head's is the last
+
+    def draws_alike() -> list:
+        plainly, quickly = (s.generate(prompts_of(), range(12)) for s in samplers)
+        assert [c.ids for c in quickly] == [c.ids for c in plainly]
+        packed.append(0)
+        return [c.ids for c in quickly]
+
+    before = draws_alike()
+    assert sum(packed) == products
+    with torch.no_grad():
+        for policy in (plain, model):  # an optimizer step
+            for layer in policy.model.layers:
+                layer.mlp.up_proj.lora_B.copy_(torch.arange(4.0) / 4)
+    stepped = draws_alike()
+    assert sum(packed) == products and stepped != before
+    with torch.no_grad():
+        for policy in (plain, model):  # another base
+            policy.model.layers[0].self_attn.o_proj.weight.mul_(3)
+    assert draws_alike() != stepped and sum(packed) == products + 1
+    for policy in (plain, model):  # one that is trained
+        policy.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    draws_alike()
+    draws_alike()
+    assert sum(packed) == products + 3
 
 
 @pytest.mark.parametrize("kind", [PackedDecoder, LlamaDecoder])
