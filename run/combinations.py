@@ -37,6 +37,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     check_rollout(args, world_size)
     if args.val_dataset or evaluates(args):
         check_groups(args, world_size, "per_device_eval_batch_size", "num_generations_eval")
+    if not (args.reward_funcs or args.reward_model or args.dry_run):
+        raise UsageError("--reward_funcs: no reward at all; name one, or a --reward_model")
 
 
 def evaluates(args: argparse.Namespace) -> bool:

@@ -39,6 +39,8 @@ def model_config(args: argparse.Namespace, has_checkpoint: bool = False):
     except Exception as error:  # of any kind, where a value is of another type than it should be
         refuse_code("--model", args.model, error)
         why = f"not a model folder or hub id ({reason(error)})"
+        if (folder / "config.json").is_file():
+            why = f"its config.json cannot be used ({reason(error)})"
         if adapters.is_recorded(args):
             why += f"; {args.adapters} has it as its base, and --model BASE names another place"
         raise UsageError(f"--model {args.model}: {why}") from error
@@ -98,6 +100,8 @@ def token_ids(said) -> list[int]:
 def reason(error: Exception) -> str:
     """Why a library could not read something, with the error's kind where that tells more."""
     kind, told = type(error).__name__, first_line(error)
+    if told.endswith(":"):  # what is wrong stands below
+        return " ".join(str(error).split())[:200]
     is_told = isinstance(error, OSError | ValueError | RuntimeError | SafetensorError)
     return told if is_told or told == kind else f"{kind}: {told}"
 

@@ -477,6 +477,7 @@ REFUSED = {
     "--scale_rewards mean --reward_model x": "--reward_model: ",
     "--scale_rewards mean --kl_in_reward true": "--kl_in_reward true: ",
     "--scale_rewards mean --advantage_estimator rloo": "--kl_in_reward true: ",
+    "--seed 1": "--reward_funcs: no reward at all",
     "--delta 1": "--delta: '1': a number above 1 works",
     "--top_entropy_quantile 0": "--top_entropy_quantile: '0': a number above 0 to 1 works",
 }

@@ -303,6 +303,23 @@ def test_a_damaged_file_of_a_folder_is_one_line_that_names_flag_and_folder(
         assert said.startswith(f"train.py: {flag} {folder}: "), (damage, said)
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "rms_norm_eps", "num_attention_heads"])
+def test_a_value_of_another_type_in_a_models_configuration_is_one_line(
+    name, model_folder, capsys, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: "nine"}))
+    words = ["--model", str(folder), "--dataset", "arithmetic", "--reward_funcs", "format"]
+    with pytest.raises(SystemExit) as end:
+        train.main([*words, "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert said.startswith(f"train.py: --model {folder}: its config.json cannot be used ("), said
+    assert name in said and "nine" in said
+
+
 @pytest.mark.parametrize("name", ["r", "lora_alpha", "lora_dropout", "base_model_name_or_path"])
 def test_a_value_of_another_type_in_an_adapters_configuration_is_one_line(
     name, folders, plugin, tmp_path, capsys
