@@ -9,7 +9,7 @@ What a step of few rows costs is the number of its operations, and reading the w
                                         one product for all rows      one product for each
 
     LlamaDecoder      the same for models of Llama's shape, in a third of the operations: one product
-                      for all linear layers that read the same input, their adapters among them
+                      for all linear layers that read the same input, and one for their adapters
 
     Tree…Decoder      either, with a row for each beginning that was drawn, not for each completion (tree.py)
     GraphDecoder      LlamaDecoder on GPUs, its step replayed as one CUDA graph (graphs.py)
