@@ -57,7 +57,7 @@ def close(one: list[dict], two: list[dict], names=None):
     """Two runs' metrics, but for rounding."""
     for a, b in zip(timeless(one), timeless(two), strict=True):
         assert a.keys() == b.keys()
-        for name in names or a:
+        for name in a.keys() & names if names else a:
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), (a["step"], name)
 
 
@@ -411,7 +411,7 @@ def family(ending_model, coin, tmp_path_factory):
 def test_any_combination_is_the_same_in_parts_and_resumed(i, other, family):
     whole, parts = read_metrics(family / f"whole-{i}"), read_metrics(family / f"{other}-{i}")
     names = ["loss", "grad_norm", "reward", "clip_ratio", "left_out", "completion_length", "draws"]
-    close(whole[-len(parts) :], parts, [name for name in names if name in whole[-1]])
+    close(whole[-len(parts) :], parts, names)  # a step that trains on nothing lacks some of them
 
 
 def test_nearly_all_of_them_train(family):
