@@ -72,7 +72,8 @@ class Options:
     ] = "grpo"
     scale_rewards: Annotated[
         Literal["group", "batch", "none", "mean", "gdpo"] | None,
-        "whose std divides, or the mean; else group, none for rloo, batch for reinforce_plus_plus",
+        "whose std divides, or mean: the group's; else group, none for rloo, batch for "
+        "reinforce_plus_plus",
     ] = None
     loss_type: Annotated[
         Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"], "the clip, and what divides"
@@ -126,8 +127,8 @@ def group_advantages(
 
     rewards (N,) with N = groups × G → advantages (N,) and the groups' standard deviations
     (N / G,), both with G - 1 in the denominator. A group whose rewards are all equal teaches
-    nothing: its advantages are exactly 0. Nor does one whose mean is not above 0, where scale_rewards
-    is mean. Only gdpo reads scores (N, functions), of which rewards are the weighted sums.
+    nothing: its advantages are exactly 0. With scale_rewards mean rewards are 0 or more. Only gdpo
+    reads scores (N, functions), of which rewards are the weighted sums.
     """
     groups = rewards.view(-1, num_generations)  # (N / G, G)
     std = groups.std(dim=1, keepdim=True)
@@ -148,8 +149,7 @@ def group_advantages(
         centred = centred / (std + ADVANTAGE_EPS)
     elif scale == "mean":
         # For rewards of 0 and 1: a right answer counts the more, the fewer there are.
-        mean = groups.mean(dim=1, keepdim=True)
-        centred = (centred / (mean + ADVANTAGE_EPS)).masked_fill(mean <= 0, 0.0)
+        centred = centred / (groups.mean(dim=1, keepdim=True) + ADVANTAGE_EPS)
     elif scale != "none":
         # Over all N: of the rewards, or for REINFORCE++ and GDPO of what it divides.
         of_rewards = scale == "batch" and estimator != "reinforce_plus_plus"

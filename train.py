@@ -399,6 +399,7 @@ def draw(run: Run, rows: list[dict], G: int, stream: int, step: int, temperature
 
 def compare(run: Run, batch: Batch, rewards: Tensor, G: int) -> None:
     """Each completion's reward (N,) with those of its group: the advantages of a batch, in place."""
+    checks.check_rewards(run.args, rewards.tolist())
     batch.advantages, stds = grpo.group_advantages(  # (N,), (N / G,)
         rewards, G, run.args, batch.scores, run.rewards.weights
     )

@@ -28,7 +28,7 @@ VARIANTS = {
     "Dr. GRPO": "--loss_type dr_grpo --scale_rewards none",
     "DAPO, no dynamic sampling": "--loss_type dapo --epsilon_high 0.28 --overlong_filter true",
     "DAPO": "--loss_type dapo --epsilon_high 0.28 --overlong_filter true --dynamic_sample true",
-    "MaxRL": "--scale_rewards mean",
+    "MaxRL": "--scale_rewards mean --reward_weights 1 0",
     "GSPO": "--importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4",
     "CISPO": "--loss_type cispo --epsilon_high 5",
     "SAPO": "--loss_type sapo",

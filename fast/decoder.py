@@ -39,9 +39,18 @@ KEPT: WeakKeyDictionary = WeakKeyDictionary()
 ROOM = 16  # tokens that a row's cache may have room for beyond those in it (run/machine.py)
 
 
-@torch.inference_mode()
 def serves(kind: type[Decoder], model: nn.Module) -> bool:
     """Whether decoders of this kind give the model's own logits, tried on two prompts."""
+    if agrees(kind, model):
+        return True
+    for module in model.modules():
+        KEPT.pop(module, None)  # what it has packed
+    return False
+
+
+@torch.inference_mode()
+def agrees(kind: type[Decoder], model: nn.Module) -> bool:
+    """`serves`, with whatever such a decoder keeps."""
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None):
         return False
@@ -187,8 +196,8 @@ def with_room(x: Tensor, tokens: int) -> Tensor:
 class LlamaDecoder(PackedDecoder):
     """The same for models of Llama's shape (Qwen 2 and 3, SmolLM 2, …), whose layers it runs itself.
 
-    Their weights are put together once a call of `generate`, as they are at that moment, and frozen
-    ones once and for all.
+    Their weights are put together once a call of `generate`, as they are at that moment. Frozen ones
+    stay, unless the model is sharded (ZeRO-3).
     """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
@@ -268,7 +277,7 @@ class FusedLinear:
 
         y = W x + b + s B (A x)
 
-    keep: W is put together once and kept, if it is frozen.
+    keep: W stays from one call of `generate` to the next, if it is frozen.
     """
 
     def __init__(self, *linears: nn.Linear, keep: bool = False):
@@ -323,15 +332,17 @@ def fused_weight(linears: Sequence[nn.Linear]) -> Tensor:
 def kept_weight(linears: Sequence[nn.Linear]) -> Tensor:
     """`fused_weight`, the one of the last call as long as their weights have not changed.
 
-    Weights that learn change at every step, and are not kept."""
+    Weights that learn change at every step, and are not kept. A change through `.data` is not seen.
+    """
     weights = [linear.weight for linear in linears]
     if any(weight.requires_grad or weight.is_inference() for weight in weights):
         return fused_weight(linears)
     made_of = [(weight.data_ptr(), weight._version) for weight in weights]
-    before, fused = KEPT.get(linears[0], (None, None))
+    before, fused, _ = KEPT.get(linears[0], (None, None, None))
     if before != made_of:
         fused = fused_weight(linears)
-        KEPT[linears[0]] = made_of, fused
+        # With the weights, so that no others come to lie where they do.
+        KEPT[linears[0]] = made_of, fused, [weight.detach() for weight in weights]
     return fused
 
 

@@ -22,7 +22,9 @@ from sampler import COMPACT_AT
 
 
 class Tree:
-    """A mixin: outside it decodes B rows, and the decoder behind it the different ones among them."""
+    """A mixin: outside it decodes B rows, and the decoder behind it the different ones among them.
+
+    Its logits are `Shared`, in the place of (B, V)."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         super().__init__(model, prompts, torch.arange(len(prompts), device=row_of.device))

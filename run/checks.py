@@ -15,6 +15,7 @@ from pathlib import Path
 
 import data
 from data import UsageError
+from rewards import RewardError
 from run import combinations, models, placement, readers, start, templates
 from run.display import phase
 from run.fingerprint import Fingerprint
@@ -232,4 +233,13 @@ def fit_vllm(args: argparse.Namespace, needed: int, context: int) -> None:
             f"--vllm_max_model_len {args.vllm_max_model_len}: from {needed} (the longest prompt "
             f"and --max_completion_length {args.max_completion_length}) to the model's {context} "
             "works"
+        )
+
+
+def check_rewards(args: argparse.Namespace, rewards: list[float]) -> None:
+    """RewardError where a plugin gives what the objective cannot take (combinations.check_mean)."""
+    if args.scale_rewards == "mean" and min(rewards) < 0:
+        raise RewardError(
+            f"--scale_rewards mean: a completion earned {min(rewards):g}, and what is divided by "
+            "the mean is 0 or more; --scale_rewards group, batch or none works"
         )

@@ -70,10 +70,10 @@ def check_objective(args: argparse.Namespace) -> None:
             f"--scale_rewards gdpo: has advantages of its own, not those of {estimator}; "
             "--advantage_estimator grpo, or --scale_rewards group, batch or none, works"
         )
-    if args.scale_rewards == "mean" and args.kl_in_reward:
+    if args.scale_rewards == "mean" and args.kl_in_reward and args.beta:
         raise UsageError(
             "--kl_in_reward true: leaves rewards below 0, and --scale_rewards mean divides by their "
-            "mean; false, or another --scale_rewards, works"
+            "mean; --kl_in_reward false, or another --scale_rewards, works"
         )
     if args.scale_rewards == "gdpo" and args.kl_in_reward:
         raise UsageError(
@@ -100,11 +100,12 @@ def check_reference(args: argparse.Namespace) -> None:
 
 
 def check_mean(args: argparse.Namespace) -> None:
-    """Rewards that are divided by their mean are 0 or more."""
+    """Rewards that are divided by their mean are 0 or more, by their flags."""
     if args.scale_rewards != "mean":
         return
     works = "--scale_rewards group, batch or none works"
-    for weight in args.reward_weights or ():
+    weights = args.reward_weights or [1.0] * len(args.reward_funcs)
+    for weight in weights:
         if weight < 0:
             raise UsageError(
                 f"--reward_weights {weight:g}: makes rewards below 0, and --scale_rewards mean divides "
@@ -118,8 +119,8 @@ def check_mean(args: argparse.Namespace) -> None:
     ends = [args.cosine_min_len_value_wrong, args.cosine_max_len_value_wrong]
     ends += [args.cosine_min_len_value_correct, args.cosine_max_len_value_correct]
     lowest = {"cosine": min(ends), "repetition": args.repetition_max_penalty, "soft_overlong": -1}
-    for name in args.reward_funcs:
-        if lowest.get(name, 0) < 0:
+    for name, weight in zip(args.reward_funcs, weights):
+        if weight and lowest.get(name, 0) < 0:
             raise UsageError(
                 f"--reward_funcs {name}: falls to {lowest[name]:g}, and --scale_rewards mean divides "
                 f"by the mean of rewards; without it, or {works}"

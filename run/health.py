@@ -69,8 +69,7 @@ def without_gradient(steps: Steps) -> str | None:
         return None
     return (
         "grad_norm is 0 though groups differ: nothing that is trained moves the loss; other "
-        "--target_modules, --train_type full, or, where rewards are below 0, another --scale_rewards "
-        "than mean helps"
+        "--target_modules, or --train_type full, helps"
     )
 
 

@@ -15,7 +15,9 @@ from test_grpo import trl_trainer
 
 import grpo
 from data import UsageError
+from rewards import RewardError
 from run import flags
+from run.checks import check_rewards
 from run.combinations import check_objective
 
 N, G, T = 12, 4, 6  # completions, of a group, tokens that one may have
@@ -152,9 +154,7 @@ def slow_advantages(step, options):
         return advantages
     if scale == "mean":
         means = [statistics.mean(group) for group in groups_of(rewards)]
-        return [
-            a / (means[i // G] + 1e-4) if means[i // G] > 0 else 0 for i, a in enumerate(advantages)
-        ]
+        return [a / (means[i // G] + 1e-4) for i, a in enumerate(advantages)]
     whole = statistics.stdev(advantages if estimator == "reinforce_plus_plus" else rewards)
     spreads = [
         statistics.stdev(group) if scale == "group" else whole for group in groups_of(rewards)
@@ -309,10 +309,14 @@ def test_maxrl_climbs_the_sum_of_pass_at_k_over_k():
     torch.testing.assert_close(own, expected, rtol=1e-3, atol=0)  # of the 1e-4 beside the mean
 
 
-def test_a_mean_of_0_or_less_divides_nothing():
-    rewards = torch.tensor([0.5, -0.5, 0.0, 0.0, -1.0, -3.0, 1.0, 2.0])
-    advantages, _ = grpo.group_advantages(rewards, 4, make({"scale_rewards": "mean"}))
-    assert advantages.tolist() == [0.0] * 8
+def test_what_is_divided_by_its_mean_is_not_below_0():
+    options = make({"scale_rewards": "mean"})
+    check_rewards(options, [0.0, 0.5])
+    check_rewards(make({}), [-0.5, 0.5])
+    with pytest.raises(RewardError, match="--scale_rewards mean: a completion earned -0.5, "):
+        check_rewards(options, [0.0, 0.5, -0.5])
+    nothing, _ = grpo.group_advantages(torch.zeros(4), 4, options)
+    assert nothing.tolist() == [0.0] * 4
 
 
 @each

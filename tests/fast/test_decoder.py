@@ -9,7 +9,7 @@ from test_sampler import ENDS, prompts_of
 
 import fast
 import lora
-from fast.decoder import ROOM, LlamaDecoder, PackedDecoder, fused_weight, is_fused, serves
+from fast.decoder import KEPT, ROOM, LlamaDecoder, PackedDecoder, fused_weight, is_fused, serves
 from fast.graphs import GraphDecoder
 from fast.tree import TreeLlamaDecoder, TreePackedDecoder
 from sampler import Decoder, ModelSampler
@@ -170,6 +170,14 @@ def test_frozen_weights_are_packed_once_and_again_when_they_change(monkeypatch):
     draws_alike()
     draws_alike()
     assert sum(packed) == products + 3
+
+
+@pytest.mark.parametrize("architecture", ["granite", "gemma2"])
+def test_a_decoder_that_does_not_serve_keeps_no_weights(architecture):
+    model = lora.inject(tiny_model(architecture), 4, 8.0)
+    fast.prepare(model)
+    assert fast.decoder_for(model) is TreePackedDecoder
+    assert not any(module in KEPT for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", [PackedDecoder, LlamaDecoder])
