@@ -406,16 +406,26 @@ def family(ending_model, coin, tmp_path_factory):
     return home
 
 
+def comparable(lines: list[dict]) -> int:
+    """Steps up to one whose gradient is little but rounding: AdamW makes a whole step of it."""
+    small = [i for i, line in enumerate(lines) if 0 < line["grad_norm"] < 1e-3]
+    return small[0] + 1 if small else len(lines)
+
+
 @pytest.mark.parametrize("other", ["micro", "resumed", "ranks"])
 @pytest.mark.parametrize("i", range(DRAWN))
 def test_any_combination_is_the_same_in_parts_and_resumed(i, other, family):
     whole, parts = read_metrics(family / f"whole-{i}"), read_metrics(family / f"{other}-{i}")
     names = ["loss", "grad_norm", "reward", "clip_ratio", "left_out", "completion_length", "draws"]
-    close(whole[-len(parts) :], parts, names)  # a step that trains on nothing lacks some of them
+    whole = whole[-len(parts) :]
+    steps = comparable(whole)
+    close(whole[:steps], parts[:steps], names)  # a step that trains on nothing lacks some of them
 
 
-def test_nearly_all_of_them_train(family):
+def test_nearly_all_of_them_train_and_are_compared(family):
     """A single prompt may earn nothing but zeros, and its reference be the policy itself."""
+    runs = [read_metrics(family / f"whole-{i}") for i in range(DRAWN)]
+    assert sum(comparable(lines) == len(lines) for lines in runs) >= DRAWN - 2
     last = [read_metrics(family / f"whole-{i}")[-1] for i in range(DRAWN)]
     assert sum(line["grad_norm"] > 0 for line in last) >= DRAWN - 2
     assert any(0 < line["clipped_completions"] < 1 for line in last)
