@@ -8,15 +8,14 @@ BENCHES ?= step growth where zero memory sync rewards
 # A file's tests stay in one process, and so share what their fixtures have started.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 SEVEN := $(wildcard tests/test_*.py)
-# Where the demo's flags say that it trains.
-OUTPUT = $(shell set -- output/demo $(FLAGS); folder=$$1; \
-    while [ $$# -gt 1 ]; do [ "$$1" = --output_dir ] && folder=$$2; shift; done; echo "$$folder")
 
 .PHONY: demo model install vllm quick test lint bench ablate clean
 
 demo: model            ## train the embedded model for real, on any machine
 	$(PY) -m run.launch --standalone --nproc_per_node $(PROCESSES) train.py demo $(FLAGS)
-	$(PY) -m run.report "$(OUTPUT)"
+	@set -- $(FLAGS); folder=output/demo; while [ $$# -gt 0 ]; do \
+	    case "$$1" in --output_dir) folder=$$2;; --output_dir=*) folder=$${1#*=};; esac; shift; \
+	done; $(PY) -m run.report "$$folder"
 
 model: install         ## put the embedded model on disk
 	$(PY) models/embedded.py

@@ -72,7 +72,7 @@ class Options:
     ] = "grpo"
     scale_rewards: Annotated[
         Literal["group", "batch", "none", "mean", "gdpo"] | None,
-        "whose std divides, or mean: the group's; else group, none for rloo, batch for "
+        "whose std divides; mean: the group's mean does; else group, none for rloo, batch for "
         "reinforce_plus_plus",
     ] = None
     loss_type: Annotated[

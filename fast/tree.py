@@ -8,7 +8,8 @@ for most of them, so that they stay one row for long:
     later         p1a p1b       p2                   a row for each beginning that was drawn
 
 Each completion draws with its own random numbers from its row's logits (`draw.Shared`). So nothing
-changes but the work: 64 completions of the arithmetic task are 16 to 27 rows once the policy is sure of its answers.
+changes but the work: 64 completions of the arithmetic task are 16 to 27 rows once the policy is
+sure of its answers.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from sampler import COMPACT_AT
 class Tree:
     """A mixin: outside it decodes B rows, and the decoder behind it the different ones among them.
 
-    Its logits are `Shared`, in the place of (B, V)."""
+    Its logits are `Shared`, in the place of (B, V).
+    """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], row_of: Tensor):
         super().__init__(model, prompts, torch.arange(len(prompts), device=row_of.device))

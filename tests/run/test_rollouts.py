@@ -57,7 +57,7 @@ def close(one: list[dict], two: list[dict], names=None):
     """Two runs' metrics, but for rounding."""
     for a, b in zip(timeless(one), timeless(two), strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() & names if names else a:
+        for name in [name for name in names or a if name in a]:
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5), (a["step"], name)
 
 
