@@ -35,6 +35,7 @@ The family is what these flags make of it. They combine freely; docs/family.md t
     DeepSeek-V3.2  2512.02556  ρ k3, whose gradient is the KL's        kl_unbiased
                                none of A < 0 that became unlikely      off_policy_sequence_mask_delta
     80/20          2506.01939  only the step's most uncertain tokens   top_entropy_quantile
+    certain tail   (ours)      none of the last tokens that are certain certain_tail
     TIS            Yao et al.  × π_old / π_sampler, bounded            rollout_importance_sampling_mode
     entropy bonus  1602.01783  + coefficient · entropy                 entropy_coef
 
@@ -88,6 +89,9 @@ class Options:
     entropy_coef: Annotated[float, "of the entropy, which is added", "from 0"] = 0.0
     top_entropy_quantile: Annotated[
         float, "share of tokens that count, the most uncertain ones", "above 0 to 1"
+    ] = 1.0
+    certain_tail: Annotated[
+        float, "leave out last tokens, if each was at least as probable", "above 0 to 1"
     ] = 1.0
     kl_in_reward: Annotated[
         bool | None, "take the KL off the reward, not the loss; else true but for grpo"
@@ -188,6 +192,19 @@ def has_gradient(advantages: Tensor, options, truncated: Tensor | None = None) -
     if options.overlong_filter and truncated is not None:
         needed = needed & ~truncated
     return needed
+
+
+def length_that_teaches(logps: Sequence[float], certain: float) -> int:
+    """How many of a completion's tokens come before its certain tail, at least 1. logps: those that
+    they were drawn with. The tail are the last tokens, as long as each had this probability or more.
+
+    The gradient of log π(o_t) by the logits is e_{o_t} - π, and its entries sum up to 2 (1 - π(o_t)),
+    without their signs. So a tail of closing tags teaches next to nothing, and nothing behind needs it.
+    """
+    length = len(logps)
+    while length > 1 and logps[length - 1] >= math.log(certain):
+        length -= 1
+    return length
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:

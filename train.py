@@ -44,6 +44,7 @@ from typing import Annotated, Literal
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -276,6 +277,13 @@ class Batch:
     def completion_ids(self) -> list[list[int]]:
         return [completion.ids for completion in self.completions]
 
+    def teaching_ids(self, certain: float) -> list[list[int]]:
+        """The tokens of each completion without its certain tail (--certain_tail)."""
+        if certain == 1:
+            return self.completion_ids
+        lengths = [grpo.length_that_teaches(done.logps, certain) for done in self.completions]
+        return [done.ids[:length] for done, length in zip(self.completions, lengths)]
+
     @property
     def num_tokens(self) -> int:
         prompts = sum(map(len, self.prompt_ids))
@@ -439,7 +447,7 @@ def share_out(run: Run, batch: Batch) -> Step:
     # Completions without a gradient, often more than half, cost no pass.
     useful = grpo.has_gradient(batch.advantages, args, batch.truncated)  # (N,)
     trained = useful.nonzero().flatten().tolist()
-    lengths = [len(ids) for ids in batch.completion_ids]
+    lengths = [len(ids) for ids in batch.teaching_ids(args.certain_tail)]
     shares = split_evenly(trained, lengths, world.size)
     parts = split_evenly(shares[world.rank], lengths, args.gradient_accumulation_steps)
     micro_batches = [batch.select(part) for part in parts]
@@ -473,8 +481,24 @@ def logps_of(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> 
     function = (quick(args) or grpo).completion_logps
     # An empty micro-batch passes one token, for with ZeRO-3 all ranks have to take part.
     prompt_ids = micro.prompt_ids or [[0]]
-    completion_ids = micro.completion_ids or [[0]]
-    return dist.forward(function, model, prompt_ids, completion_ids, args.temperature)
+    teaching_ids = micro.teaching_ids(args.certain_tail) or [[0]]
+    found = dist.forward(function, model, prompt_ids, teaching_ids, args.temperature)
+    if args.certain_tail == 1 or not micro.completions:
+        return found
+    return with_tails(micro.completions, *found)
+
+
+def with_tails(
+    completions: list[Completion], logps: Tensor, entropies: Tensor, mask: Tensor
+) -> tuple[Tensor, ...]:
+    """The three of the tokens that teach, (B, t), with certain tails behind them, (B, T): these have
+    the log-probabilities that they were drawn with, no entropy, and no gradient."""
+    drawn = [logps.new_tensor(completion.logps) for completion in completions]
+    whole = pad_sequence([torch.ones_like(row) for row in drawn], batch_first=True)  # (B, T)
+    drawn = pad_sequence(drawn, batch_first=True)
+    room = (0, drawn.shape[1] - logps.shape[1])
+    logps, entropies, teaches = (F.pad(x, room) for x in (logps, entropies, mask))
+    return torch.where(teaches.bool(), logps, drawn), entropies, whole.to(mask)
 
 
 def frozen_logps(args: argparse.Namespace, model: torch.nn.Module, micro: Batch) -> Tensor:

@@ -85,6 +85,13 @@ def check_objective(args: argparse.Namespace) -> None:
             "--kl_unbiased true: is of the KL in the loss, which --kl_in_reward true moves to the "
             "reward; one of the two works"
         )
+    for flag in ("beta", "entropy_coef"):
+        if args.certain_tail < 1 and getattr(args, flag):
+            raise UsageError(
+                f"--certain_tail {args.certain_tail:g}: leaves tokens out whose advantage has no "
+                f"gradient, and --{flag} {getattr(args, flag):g} has one at every token; "
+                f"--{flag} 0, or --certain_tail 1, works"
+            )
 
 
 def check_reference(args: argparse.Namespace) -> None:

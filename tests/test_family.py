@@ -14,11 +14,13 @@ from processes import run_forked
 from test_grpo import trl_trainer
 
 import grpo
+import train
 from data import UsageError
 from rewards import RewardError
 from run import flags
 from run.checks import check_rewards
 from run.combinations import check_objective
+from sampler import Completion
 
 N, G, T = 12, 4, 6  # completions, of a group, tokens that one may have
 TEMPERATURE = 0.7
@@ -469,6 +471,44 @@ def test_the_entropy_bonus_has_autograds_gradient_on_the_quick_path():
     assert max(p.grad.abs().max() for p in plain.parameters()) > 1e-3
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_certain_tail_has_no_gradient_and_the_rest_has_its_own(plain):
+    """Beside a pass over all tokens, of which those of the tails, found one by one, are taken off."""
+    prompts, completions, _ = make_batch()
+    rng = random.Random(1)
+    # Certain tokens at the end, in the middle, everywhere, and nowhere.
+    drawn = [[rng.choice([-0.01, -0.2, -3.0]) for _ in ids] for ids in completions]
+    drawn[0], drawn[1] = [-0.01] * len(drawn[0]), [-3.0] * len(drawn[1])
+    done = [Completion(ids, logps, True) for ids, logps in zip(completions, drawn)]
+    micro = train.Batch([{"prompt_ids": ids} for ids in prompts], done, [], None, None, {})
+    whole, cut = (tiny_model(dtype=torch.float64) for _ in range(2))
+    args = {"temperature": TEMPERATURE, "plain": plain}
+    if not plain:
+        fast = pytest.importorskip("fast")
+        fast.prepare(whole)
+        fast.prepare(cut)
+    args = argparse.Namespace(**args, certain_tail=1.0)
+    logps, entropies, mask = train.logps_of(args, whole, micro)
+    args.certain_tail = 0.95
+    found, uncertainties, found_mask = train.logps_of(args, cut, micro)
+
+    teaches, told = torch.zeros_like(mask), torch.zeros_like(logps)
+    for i, row in enumerate(drawn):
+        told[i, : len(row)] = torch.tensor(row)
+        for t in range(len(row)):
+            teaches[i, t] = t == 0 or any(math.exp(logp) < 0.95 for logp in row[t:])
+    assert 0.2 < teaches.sum() / mask.sum() < 0.9
+    assert torch.equal(found_mask, mask)
+    torch.testing.assert_close(found, torch.where(teaches.bool(), logps, told), atol=1e-6, rtol=0)
+    torch.testing.assert_close(uncertainties, entropies * teaches, atol=1e-6, rtol=0)
+    weights = torch.rand_like(logps)
+    (weights * teaches * logps).sum().backward()
+    (weights * found).sum().backward()
+    for a, b in zip(whole.parameters(), cut.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=0)
+    assert max(p.grad.abs().max() for p in whole.parameters()) > 1e-3
+
+
 REFUSED = {
     "--loss_type cispo": "--epsilon_high 5 works",
     "--loss_type cispo --epsilon_high 0.28": "--epsilon_high 0.28: ",
@@ -481,6 +521,9 @@ REFUSED = {
     "--scale_rewards mean --reward_model x": "--reward_model: ",
     "--scale_rewards mean --kl_in_reward true": "--kl_in_reward true: ",
     "--scale_rewards mean --advantage_estimator rloo": "--kl_in_reward true: ",
+    "--certain_tail 0.99": "--beta 0, or --certain_tail 1, works",
+    "--certain_tail 0.99 --beta 0 --entropy_coef 0.1": "--entropy_coef 0, or --certain_tail 1, works",
+    "--certain_tail 0": "--certain_tail: '0': a number above 0 to 1 works",
     "--seed 1": "--reward_funcs: no reward at all",
     "--delta 1": "--delta: '1': a number above 1 works",
     "--top_entropy_quantile 0": "--top_entropy_quantile: '0': a number above 0 to 1 works",

@@ -302,6 +302,7 @@ CHOICES = {
     "kl_in_reward": ["false", "true"],
     "entropy_coef": [0, 0.01],
     "top_entropy_quantile": [1, 0.4],
+    "certain_tail": [1, 0.2],
     "off_policy_sequence_mask_delta": [None, 0.001],
     "overlong_filter": ["false", "true"],
     "dynamic_sample": ["false", "true"],
