@@ -2,8 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# On CPUs two processes with half the cores each are quicker than one with all.
-PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
+PROCESSES ?= 1
 BENCHES ?= step growth where zero memory sync rewards
 # A file's tests stay in one process, and so share what their fixtures have started.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from data import UsageError
 from run import adapters, combinations, console, display, moved, stop
-from run.moved import EMBEDDED_MODEL, PLUGIN, ROOT
+from run.moved import EMBEDDED_MODEL, ROOT
 from run.values import boolean, number, planned, refuse_hidden
 
 SEVEN = ("train", "lora", "data", "rewards", "grpo", "sampler", "dist")
@@ -43,14 +43,14 @@ MODULES = (
 )  # in the order of --help
 DEMO = (
     "--dataset arithmetic --val_dataset arithmetic-test "
-    f"--external_plugins {shlex.quote(str(PLUGIN))} "
-    "--reward_funcs accuracy format close --reward_weights 1 0.2 1 "
+    "--reward_funcs accuracy format --reward_weights 1 0.05 --response_prefix '<think>' "
     "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 "
-    "--learning_rate 4e-4 --adam_beta2 0.98 --lr_scheduler_type linear --weight_decay 0 --beta 0 "
-    "--num_generations 4 --gradient_checkpointing false --temperature 1.2 --temperature_eval 1 "
-    "--max_completion_length 32 --max_steps 112 --log_completions true "
+    "--learning_rate 7e-4 --adam_beta2 0.98 --lr_scheduler_type linear --weight_decay 0 --beta 0 "
+    "--scale_rewards mean --num_generations 8 --gradient_accumulation_steps 2 --max_steps 50 "
+    "--certain_tail 0.99 --gradient_checkpointing false "
+    "--temperature 1.2 --temperature_eval 1 --max_completion_length 22 --log_completions true "
     "--log_tokens 2 --log_tokens_steps 10 "
-    "--num_generations_eval 1 --eval_on_start true --eval_steps 28"
+    "--num_generations_eval 1 --eval_on_start true --eval_steps 20"
 )
 
 
@@ -253,11 +253,11 @@ def expand(argv: list[str], bfloat16: bool = False) -> list[str]:
 
 
 def demo(processes: int, bfloat16: bool) -> list[str]:
-    """The demo's flags: 64 completions a step for any number of processes that divides them."""
+    """The demo's flags: 256 completions a step for any number of processes that divides 128."""
     return [
         *shlex.split(DEMO),
         *("--torch_dtype", "bfloat16" if bfloat16 else "float32"),
-        *("--per_device_train_batch_size", str(64 // processes)),
+        *("--per_device_train_batch_size", str(128 // processes)),
         *("--per_device_eval_batch_size", str(256 // processes)),
     ]
 

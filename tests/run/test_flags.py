@@ -50,7 +50,7 @@ def test_flags_types_and_defaults_are_those_of_the_version_before():
 FAMILY = {"advantage_estimator": "grpo", "loss_type": "grpo", "importance_sampling_level": "token"}
 FAMILY |= {"scale_rewards": None, "epsilon_high": None, "delta": None, "tau_pos": 1.0}
 FAMILY |= {"tau_neg": 1.05, "kl_in_reward": False, "kl_unbiased": False, "entropy_coef": 0.0}
-FAMILY |= {"top_entropy_quantile": 1.0, "off_policy_sequence_mask_delta": None}
+FAMILY |= {"top_entropy_quantile": 1.0, "certain_tail": 1.0, "off_policy_sequence_mask_delta": None}
 FAMILY |= {"overlong_filter": False, "dynamic_sample": False, "max_resample_times": 3}
 FAMILY |= {"steps_per_generation": None, "generation_batch_size": None}
 FAMILY |= {"rollout_importance_sampling_mode": "off", "rollout_importance_sampling_threshold": 2.0}
@@ -166,7 +166,7 @@ def test_without_flags_the_demo_runs_and_prints_its_command(monkeypatch, capsys)
 def test_the_demo_has_the_same_batch_in_any_number_of_processes(size):
     args = flags.parse_args(flags.demo(size, bfloat16=False))
     combinations.check(args, size)
-    assert size * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert size * args.per_device_train_batch_size * args.gradient_accumulation_steps == 256
     assert size * args.per_device_eval_batch_size == 256
 
 
