@@ -46,7 +46,7 @@ DEMO = (
     "--reward_funcs accuracy format --reward_weights 1 0.05 --response_prefix '<think>' "
     "--output_dir output/demo --train_type lora --lora_rank 16 --lora_alpha 32 "
     "--learning_rate 7e-4 --adam_beta2 0.98 --lr_scheduler_type linear --weight_decay 0 --beta 0 "
-    "--scale_rewards mean --num_generations 8 --max_steps 50 "
+    "--scale_rewards mean --num_generations 8 --gradient_accumulation_steps 2 --max_steps 50 "
     "--certain_tail 0.99 --gradient_checkpointing false "
     "--temperature 1.2 --temperature_eval 1 --max_completion_length 22 --log_completions true "
     "--log_tokens 2 --log_tokens_steps 10 "
@@ -253,11 +253,11 @@ def expand(argv: list[str], bfloat16: bool = False) -> list[str]:
 
 
 def demo(processes: int, bfloat16: bool) -> list[str]:
-    """The demo's flags: 256 completions a step for any number of processes that divides them."""
+    """The demo's flags: 256 completions a step for any number of processes that divides 128."""
     return [
         *shlex.split(DEMO),
         *("--torch_dtype", "bfloat16" if bfloat16 else "float32"),
-        *("--per_device_train_batch_size", str(256 // processes)),
+        *("--per_device_train_batch_size", str(128 // processes)),
         *("--per_device_eval_batch_size", str(256 // processes)),
     ]
 

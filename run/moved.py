@@ -3,7 +3,7 @@ another machine.
 
     models/base                             in the working folder, else beside the checkpoint
     /gone/models/SmolLM2-135M-Instruct      the embedded model of this checkout
-    /gone/examples/train/grpo/plugin/…      its plugin of the demo
+    /gone/examples/train/grpo/plugin/…      a plugin of its own
 """
 
 import functools
