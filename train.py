@@ -110,9 +110,6 @@ class RolloutOptions:
     ] = None
     dynamic_sample: Annotated[bool, "draw anew in place of groups whose rewards are equal"] = False
     max_resample_times: Annotated[int, "so often at most", "from 1"] = 3
-    batch_rampup_steps: Annotated[
-        int, "steps in which a rollout's prompts grow to their full number", "from 0"
-    ] = 0
     sync_ref_model: Annotated[bool, "let the reference follow the policy"] = False
     ref_model_sync_steps: Annotated[int, "every so many steps", "from 1"] = 512
     ref_model_mixup_alpha: Annotated[float, "ref ← α policy + (1 - α) ref", "0 to 1"] = 0.6
@@ -149,8 +146,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         started = time.perf_counter()
         # Sample G completions of each of P prompts, score them, compare each with its group:
         # M·N completions with their rewards (M·N,) and advantages (M·N,), on every rank.
-        P_now = ramped(args, P, M, progress.step)
-        rollout = draw_rollout(run, inputs.train_rows, P_now, progress)
+        rollout = draw_rollout(run, inputs.train_rows, P, progress)
         if reference is not None and args.kl_in_reward:
             take_off_kl(run, policy, reference, rollout)  # compares anew
         metrics = log.metrics_of(rollout, run.rewards.names)
@@ -201,7 +197,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
                 optimizer.backward(loss)
                 recorder.keep(micro, logps, entropies, importance)
                 for name in ("entropy", "ratio/mean"):  # of those alone that are trained on
-                    parts[name] *= step.normalizers.completions / step.num_trained
+                    parts[name] *= N / step.num_trained
                 tally.add(parts)
             learning_rate = args.learning_rate * setup.schedule(args, progress.step, max_steps)
             grad_norm = optimizer.step(learning_rate)
@@ -226,7 +222,7 @@ def train(args: argparse.Namespace, world: dist.World) -> None:
         at_end |= journal.asked_to_stop  # by a signal to any of the ranks
         if at_end or setup.reached(args.save_steps, progress.step, steps_per_rollout):
             # A policy that cannot be sampled from is not saved: one completion a rank tells.
-            trial = rollout.select(list(world.part_of(len(rollout.completions))[:1]))
+            trial = rollout.select(list(world.part_of(M * N)[:1]))
             finite.check_policy(world, frozen_logps(args, policy, trial), progress.step)
             progress.completions_per_step = N
             checkpoints.save(args, world, policy, inputs.tokenizer, optimizer, progress, reference)
@@ -332,16 +328,6 @@ class Batch:
             torch.cat([self.advantages, other.advantages]),
             metrics,
         )
-
-
-def ramped(args: argparse.Namespace, num_prompts: int, parts: int, step: int) -> int:
-    """How many prompts the next rollout has (--batch_rampup_steps). The answers of an untrained policy
-    ramble, cost the most and teach the least, so that the first rollouts need fewer of them."""
-    over = args.batch_rampup_steps
-    if step + 1 >= over:
-        return num_prompts
-    unit = parts // math.gcd(parts, args.num_generations)  # fills equal parts
-    return unit * math.ceil(num_prompts * (step + 1) / (unit * over))
 
 
 def draw_rollout(run: Run, rows: list[dict], num_prompts: int, progress) -> Batch:

@@ -126,44 +126,6 @@ def test_micro_batches_without_completions_add_nothing(model_folder, coin, tmp_p
     close(read_metrics(whole), read_metrics(parts))
 
 
-# Rollouts that grow -------------------------------------------------------------------------------
-
-
-def test_the_first_rollouts_are_smaller_on_any_ranks_and_resumed(model_folder, plugin, tmp_path):
-    changes = {"dataset": "arithmetic#64", "max_steps": 6, "save_steps": 2}
-    changes |= {"batch_rampup_steps": 4, "log_completions": "true"}
-    words = flags_for(model_folder, plugin, tmp_path / "one", **changes)
-    train_here(*words)
-    words = flags_for(model_folder, plugin, tmp_path / "two", **changes)
-    run_forked([*words, "--per_device_train_batch_size", 8], 2, tmp_path / "ranks")
-    words = flags_for(model_folder, plugin, tmp_path / "resumed", **changes)
-    train_here(*words, "--resume_from_checkpoint", tmp_path / "one" / "checkpoint-2")
-    one, two, resumed = (read_metrics(tmp_path / name) for name in ("one", "two", "resumed"))
-    assert [line["drawn_completions"] for line in one] == [4, 8, 12, 16, 16, 16]
-    close(one, two)
-    close(one[2:], resumed)
-    told = (tmp_path / "one" / "completions.jsonl").read_text()
-    assert told.count("\n") == 72
-    assert told.endswith((tmp_path / "resumed" / "completions.jsonl").read_text())
-
-
-@pytest.mark.parametrize(
-    "prompts, parts, G, over, expected",
-    [
-        (32, 1, 8, 0, [32, 32]),
-        (32, 1, 8, 8, [4, 8, 12, 16, 20, 24, 28, 32, 32]),
-        (5, 1, 4, 3, [2, 4, 5]),
-        (1, 1, 4, 9, [1, 1]),  # no rollout without a prompt
-        (8, 2, 4, 4, [2, 4, 6, 8]),
-        (6, 2, 3, 4, [2, 4, 6, 6]),  # two parts of whole completions
-        (1, 2, 16, 4, [1, 1]),  # a group of two steps
-    ],
-)
-def test_how_many_prompts_a_growing_rollout_has(prompts, parts, G, over, expected):
-    args = argparse.Namespace(batch_rampup_steps=over, num_generations=G)
-    assert [train.ramped(args, prompts, parts, step) for step in range(len(expected))] == expected
-
-
 # Several steps a rollout --------------------------------------------------------------------------
 
 
@@ -344,7 +306,6 @@ CHOICES = {
     "off_policy_sequence_mask_delta": [None, 0.001],
     "overlong_filter": ["false", "true"],
     "dynamic_sample": ["false", "true"],
-    "batch_rampup_steps": [0, 3],
     "num_iterations": [1, 2],
     "rollout": [1, 2],
     "rollout_importance_sampling_mode": ["off", "token_truncate", "token_mask", "sequence_mask"],
